@@ -1,1 +1,5 @@
-"""TODO."""
+"""What a model is worth: how well it predicts a text, and how many bits it takes."""
+
+from bitnet.evaluation.perplexity import LossSummary, evaluate_loss
+
+__all__ = ["LossSummary", "evaluate_loss"]
