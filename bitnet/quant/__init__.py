@@ -1,1 +1,27 @@
-"""TODO."""
+"""Quantizers: pure functions from a float tensor to integer codes and a scale, and the packing of the codes."""
+
+from bitnet.quant.absmax import absmax, absmax_b1
+from bitnet.quant.absmean import absmean_ternary
+from bitnet.quant.grouping import Granularity
+from bitnet.quant.packing import pack, packed_bits, unpack
+from bitnet.quant.sign import centred_sign
+from bitnet.quant.ste import fake_quantize, straight_through
+from bitnet.quant.types import QTensor, QuantizedWeight, Quantizer
+from bitnet.quant.zero_point import zero_point
+
+__all__ = [
+    "Granularity",
+    "QTensor",
+    "QuantizedWeight",
+    "Quantizer",
+    "absmax",
+    "absmax_b1",
+    "absmean_ternary",
+    "centred_sign",
+    "fake_quantize",
+    "pack",
+    "packed_bits",
+    "straight_through",
+    "unpack",
+    "zero_point",
+]

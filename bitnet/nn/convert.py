@@ -1,0 +1,104 @@
+"""Replace the linears of a model, by name: dense by trainable quantized ones, and those by frozen ones."""
+
+from collections.abc import Callable, Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from bitnet.errors import InputError
+from bitnet.nn.bitlinear import BitLinear, BitLinear158
+
+LayerFactory = Callable[[nn.Linear], nn.Module]
+
+
+def convert(
+    model: nn.Module,
+    make: LayerFactory = BitLinear158.from_linear,
+    *,
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] | None = None,
+) -> list[str]:
+    """Replace, in place, the ``nn.Linear`` layers of ``model`` by ``make(linear)``; return their names in order.
+
+    A pattern is a shell pattern for a layer's name or for the end of it: ``q_proj``, ``layers.0.*``, ``*.mlp.*``.
+
+    Args:
+        model: any module; layers that are `BitLinear` already are left alone.
+        make: gets the linear, returns its replacement (`BitLinear158.from_linear`, or a `functools.partial` of it).
+        include: patterns of the layers to convert.
+        exclude: patterns of the layers to leave. None leaves the output head, where the model has one.
+
+    Raises:
+        InputError: a pattern that matches no linear; no linear left to convert; a weight that another module shares.
+    """
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = _matching(linears, include, "include")
+    left = _heads(model, linears) if exclude is None else _matching(linears, exclude, "exclude")
+    names = [name for name in linears if name in chosen and name not in left]
+    if not names:
+        raise InputError(
+            f"no linear layer to convert among {len(linears)}: include={list(include)}, left out={sorted(left)}"
+        )
+    _refuse_shared_weights(model, names)
+    for name in names:
+        model.set_submodule(name, make(linears[name]))
+    return names
+
+
+def freeze(model: nn.Module) -> list[str]:
+    """Replace, in place, every `BitLinear` of ``model`` by its frozen form; return their names in order.
+
+    Raises:
+        InputError: there is none, or one has a weight that is not finite (then nothing is replaced).
+    """
+    frozen = {name: _frozen(name, layer) for name, layer in bit_linears(model)}
+    if not frozen:
+        raise InputError("the model has no BitLinear to freeze: convert it first (bitnet.convert)")
+    for name, layer in frozen.items():
+        model.set_submodule(name, layer)
+    return list(frozen)
+
+
+def bit_linears(model: nn.Module) -> list[tuple[str, BitLinear]]:
+    """Names and layers of every `BitLinear` in ``model``, in order."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, BitLinear)]
+
+
+def _frozen(name: str, layer: BitLinear) -> nn.Module:
+    try:
+        return layer.freeze()
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from None
+
+
+def _matching(names: Iterable[str], patterns: Sequence[str], what: str) -> set[str]:
+    names = list(names)
+    found: set[str] = set()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
+        if not hits:
+            raise InputError(f"{what} pattern {pattern!r} matches none of the linear layers: {_some(names)}")
+        found |= hits
+    return found
+
+
+def _heads(model: nn.Module, linears: dict[str, nn.Linear]) -> set[str]:
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    return {name for name, linear in linears.items() if linear is head or name.split(".")[-1] == "lm_head"}
+
+
+def _refuse_shared_weights(model: nn.Module, names: list[str]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in names:
+        shared = owners[id(model.get_submodule(name).weight)]
+        if len(shared) > 1:
+            raise InputError(
+                f"{' and '.join(shared)} are one parameter: exclude {name!r} from the conversion, or untie them"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:6]) + (f" ... ({len(names)} in all)" if len(names) > 6 else "")

@@ -1,0 +1,104 @@
+"""Codes in as few bytes as they need: ``i2``, ``t5`` and ``b1``.
+
+Every layout packs each row by itself, column by column in order, and fills the row's last byte up with zeros.
+Packing is a re-ordering of the same codes: ``unpack(pack(codes)) == codes`` for every shape, and a byte that no code
+can produce is refused when read.
+
+::
+
+    i2   2 bits a weight      byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6          c = t + 1 in {0,
+    1, 2} t5   1.6 bits a weight    byte j = c[5j] + 3 c[5j+1] + 9 c[5j+2] + 27 c[5j+3] + 81 c[5j+4]     c = t + 1,
+    byte <= 242 b1   1 bit a weight       byte j = b[8j] | b[8j+1] << 1 | ... | b[8j+7] << 7                   b = 1
+    for +1, 0 for -1
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int8, UInt8
+from torch import Tensor
+
+from bitnet.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How codes become bytes: ``digit = (code + offset) // stride`` in base ``base``, ``per_byte`` digits to a byte."""
+
+    name: str
+    per_byte: int
+    base: int
+    offset: int
+    stride: int
+
+    def codes(self) -> list[int]:
+        return [digit * self.stride - self.offset for digit in range(self.levels)]
+
+    @property
+    def levels(self) -> int:
+        return 2 if self.stride == 2 else 3
+
+
+I2 = Layout("i2", per_byte=4, base=4, offset=1, stride=1)
+T5 = Layout("t5", per_byte=5, base=3, offset=1, stride=1)
+B1 = Layout("b1", per_byte=8, base=2, offset=1, stride=2)
+LAYOUTS = {layout.name: layout for layout in (I2, T5, B1)}
+
+
+def pack(codes: Int8[Tensor, "*rows cols"], layout: str) -> UInt8[Tensor, "*rows bytes"]:
+    """Pack codes into ``ceil(cols / per_byte)`` bytes a row.
+
+    Raises:
+        InputError: an unknown layout, or a code that the layout cannot hold.
+    """
+    form = _layout(layout)
+    legal = form.codes()
+    if not torch.isin(codes, torch.tensor(legal, dtype=torch.int8, device=codes.device)).all():
+        raise InputError(f"layout {layout} holds the codes {legal}, got codes from {codes.min()} to {codes.max()}")
+    digits = (codes.to(torch.int32) + form.offset) // form.stride
+    columns = codes.shape[-1]
+    digits = F.pad(digits, (0, -columns % form.per_byte)).unflatten(-1, (-1, form.per_byte))
+    return (digits * _place_values(form, codes.device)).sum(-1).to(torch.uint8)
+
+
+def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> Int8[Tensor, "*rows cols"]:
+    """Codes of the first ``columns`` columns of every row.
+
+    Raises:
+        InputError: an unknown layout, a row of another length than ``columns`` needs, or bytes that no codes pack to.
+    """
+    form = _layout(layout)
+    expected = math.ceil(columns / form.per_byte)
+    if packed.shape[-1] != expected:
+        raise InputError(f"{columns} columns take {expected} bytes a row in layout {layout}, got {packed.shape[-1]}")
+    digits = packed.to(torch.int32)[..., None] // _place_values(form, packed.device)
+    digits[..., :-1] %= form.base  # the highest digit stays whole: one that is too large gives a byte away as damaged
+    digits = digits.flatten(-2)
+    damaged = (digits[..., :columns] >= form.levels).any() or (digits[..., columns:] != 0).any()
+    if damaged or (packed.numel() and int(packed.max()) >= form.base**form.per_byte):
+        raise InputError(
+            f"the bytes are not ternary or sign codes in layout {layout}: the file is damaged or of another layout"
+        )
+    return (digits[..., :columns] * form.stride - form.offset).to(torch.int8)
+
+
+def packed_bits(shape: Sequence[int], levels: int) -> int:
+    """Bits that codes of this shape take in their densest packing: ``b1``, ``t5``, or ceil(log2(levels)) bits each."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    for form in (B1, T5):
+        if levels == form.levels:
+            return rows * math.ceil(columns / form.per_byte) * 8
+    return rows * math.ceil(columns * math.ceil(math.log2(levels)) / 8) * 8
+
+
+def _layout(name: str) -> Layout:
+    if name not in LAYOUTS:
+        raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
+    return LAYOUTS[name]
+
+
+def _place_values(form: Layout, device: torch.device) -> Tensor:
+    return torch.tensor([form.base**place for place in range(form.per_byte)], dtype=torch.int32, device=device)
