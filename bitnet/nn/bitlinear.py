@@ -92,8 +92,8 @@ class BitLinear(nn.Linear):
                 "the weight has values that are not finite, so it has no codes: the training diverged; "
                 "go back to the last good checkpoint and lower the learning rate"
             )
-        bias = None if self.bias is None else self.bias.detach().clone()
-        return QuantizedLinear(self.quantized_weight(), bias, self.activation)
+        bias: Tensor | None = self.bias
+        return QuantizedLinear(self.quantized_weight(), bias if bias is None else bias.clone(), self.activation)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={name_of(self.quantizer)}, activation={name_of(self.activation)}"

@@ -26,25 +26,21 @@ from bitnet.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How codes become bytes: ``digit = (code + offset) // stride`` in base ``base``, ``per_byte`` digits to a byte."""
+    """A byte holds ``per_byte`` digits in base ``base``, the first column's lowest; digit d stands for ``codes[d]``."""
 
     name: str
-    per_byte: int
+    codes: tuple[int, ...]
     base: int
-    offset: int
-    stride: int
-
-    def codes(self) -> list[int]:
-        return [digit * self.stride - self.offset for digit in range(self.levels)]
+    per_byte: int
 
     @property
-    def levels(self) -> int:
-        return 2 if self.stride == 2 else 3
+    def step(self) -> int:
+        return self.codes[1] - self.codes[0]
 
 
-I2 = Layout("i2", per_byte=4, base=4, offset=1, stride=1)
-T5 = Layout("t5", per_byte=5, base=3, offset=1, stride=1)
-B1 = Layout("b1", per_byte=8, base=2, offset=1, stride=2)
+I2 = Layout("i2", codes=(-1, 0, 1), base=4, per_byte=4)
+T5 = Layout("t5", codes=(-1, 0, 1), base=3, per_byte=5)
+B1 = Layout("b1", codes=(-1, 1), base=2, per_byte=8)
 LAYOUTS = {layout.name: layout for layout in (I2, T5, B1)}
 
 
@@ -55,10 +51,9 @@ def pack(codes: Int8[Tensor, "*rows cols"], layout: str) -> UInt8[Tensor, "*rows
         InputError: an unknown layout, or a code that the layout cannot hold.
     """
     form = _layout(layout)
-    legal = form.codes()
-    if not torch.isin(codes, torch.tensor(legal, dtype=torch.int8, device=codes.device)).all():
-        raise InputError(f"layout {layout} holds the codes {legal}, got codes from {codes.min()} to {codes.max()}")
-    digits = (codes.to(torch.int32) + form.offset) // form.stride
+    if not torch.isin(codes, torch.tensor(form.codes, dtype=torch.int8, device=codes.device)).all():
+        raise InputError(f"layout {layout} holds the codes {form.codes}, got codes from {codes.min()} to {codes.max()}")
+    digits = (codes.to(torch.int32) - form.codes[0]) // form.step
     columns = codes.shape[-1]
     digits = F.pad(digits, (0, -columns % form.per_byte)).unflatten(-1, (-1, form.per_byte))
     return (digits * _place_values(form, codes.device)).sum(-1).to(torch.uint8)
@@ -77,19 +72,19 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> I
     digits = packed.to(torch.int32)[..., None] // _place_values(form, packed.device)
     digits[..., :-1] %= form.base  # the highest digit stays whole: one that is too large gives a byte away as damaged
     digits = digits.flatten(-2)
-    damaged = (digits[..., :columns] >= form.levels).any() or (digits[..., columns:] != 0).any()
+    damaged = (digits[..., :columns] >= len(form.codes)).any() or (digits[..., columns:] != 0).any()
     if damaged or (packed.numel() and int(packed.max()) >= form.base**form.per_byte):
         raise InputError(
             f"the bytes are not ternary or sign codes in layout {layout}: the file is damaged or of another layout"
         )
-    return (digits[..., :columns] * form.stride - form.offset).to(torch.int8)
+    return (digits[..., :columns] * form.step + form.codes[0]).to(torch.int8)
 
 
 def packed_bits(shape: Sequence[int], levels: int) -> int:
     """Bits that codes of this shape take in their densest packing: ``b1``, ``t5``, or ceil(log2(levels)) bits each."""
     rows, columns = math.prod(shape[:-1]), shape[-1]
     for form in (B1, T5):
-        if levels == form.levels:
+        if levels == len(form.codes):
             return rows * math.ceil(columns / form.per_byte) * 8
     return rows * math.ceil(columns * math.ceil(math.log2(levels)) / 8) * 8
 

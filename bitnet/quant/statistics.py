@@ -15,12 +15,12 @@ from bitnet.quant.grouping import Granularity, group_size_of, grouped, members
 
 
 def mean_magnitude(x: Float[Tensor, "*rows cols"], granularity: Granularity = "tensor") -> Float[Tensor, "*s groups"]:
-    """Mean of ``|x|`` over the values that share a scale, float32, in the shape of a `QTensor.scale`. Not differentiable."""
+    """Mean of ``|x|`` over the values that share a scale: float32, shaped like `QTensor.scale`, without gradient."""
     return _mean(x.detach(), granularity, magnitude=True)
 
 
 def mean(x: Float[Tensor, "*rows cols"], granularity: Granularity = "tensor") -> Float[Tensor, "*s groups"]:
-    """Mean of ``x`` over the values that share a scale, float32, in the shape of a `QTensor.scale`. Not differentiable."""
+    """Mean of ``x`` over the values that share a scale: float32, shaped like `QTensor.scale`, without gradient."""
     return _mean(x.detach(), granularity, magnitude=False)
 
 

@@ -50,7 +50,7 @@ class QTensor:
     group_size: int | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The values that the codes stand for, computed in float32 and rounded once to ``dtype``. Shape of ``qdata``."""
+        """The values of the codes, in the shape of ``qdata``: computed in float32 and rounded once to ``dtype``."""
         scale = self.per_column(self.scale)
         if self.zero_point is None:
             return (self.qdata * scale).to(dtype)
@@ -64,7 +64,7 @@ class QTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight: codes in their densest packing (`bitnet.quant.packing`), float32 scales, int8 zero points."""
+        """Stored bits a weight: codes in their densest packing (`packed_bits`), float32 scales, int8 zero points."""
         bits = packed_bits(self.qdata.shape, self.levels) + self.scale.numel() * SCALE_BITS
         if self.zero_point is not None:
             bits += self.zero_point.numel() * ZERO_POINT_BITS

@@ -1,0 +1,62 @@
+"""The model of a run: a body, from scratch or from a directory, and the layers its linears are replaced by."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from bitnet.errors import InputError
+from bitnet.models.pretrained import from_directory
+from bitnet.models.scratch import Size, from_scratch
+from bitnet.nn.convert import LayerFactory, convert
+
+
+def causal_lm(
+    *,
+    vocab_size: int,
+    path: str | Path | None = None,
+    body: str = "bitnet",
+    hidden_act: str = "relu2",
+    size: Size | None = None,
+    layer: LayerFactory | None = None,
+    exclude: Sequence[str] | None = None,
+    seed: int = 0,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+) -> PreTrainedModel:
+    """Build a float32 causal language model.
+
+    Args:
+        vocab_size: rows of the embedding; a pretrained model must have at least as many.
+        path: Hugging Face directory to start from; None draws random weights for ``body``, ``hidden_act`` and ``size``.
+        layer: replaces every linear but the head (or but ``exclude``); None leaves the model dense.
+        seed: of the random weights. The same seed gives every model of one body and size the same latent weights, so
+            that a quantized model and its dense twin start equal.
+
+    Raises:
+        InputError: see `from_directory`, `from_scratch` and `bitnet.convert`.
+    """
+    if path is not None:
+        model = from_directory(path)
+        if model.config.get_text_config().vocab_size < vocab_size:
+            raise InputError(
+                f"{path} has {model.config.get_text_config().vocab_size} embeddings for a tokenizer of {vocab_size} "
+                f"tokens: train with the model's own tokenizer (data.tokenizer.path={path})"
+            )
+    else:
+        if size is None:
+            raise InputError("model.size is missing: choose one with size=nano, size=125m, ... or give model.path")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = from_scratch(
+                body=body,
+                size=size,
+                vocab_size=vocab_size,
+                hidden_act=hidden_act,
+                bos_token_id=bos_token_id,
+                eos_token_id=eos_token_id,
+            )
+    if layer is not None:
+        convert(model, layer, exclude=exclude)
+    return model
