@@ -1,6 +1,23 @@
 """What a run leaves behind: its record, its logs, tables and pictures."""
 
+from bitnet.report.loggers import close_loggers, csv_logger, make_loggers, tensorboard_logger
+from bitnet.report.plots import read_metrics, training_curves
 from bitnet.report.record import RunRecord, git_state, machine, versions
 from bitnet.report.tables import results_markdown, results_table
+from bitnet.report.wandb import wandb_logger
 
-__all__ = ["RunRecord", "git_state", "machine", "results_markdown", "results_table", "versions"]
+__all__ = [
+    "RunRecord",
+    "close_loggers",
+    "csv_logger",
+    "git_state",
+    "machine",
+    "make_loggers",
+    "read_metrics",
+    "results_markdown",
+    "results_table",
+    "tensorboard_logger",
+    "training_curves",
+    "versions",
+    "wandb_logger",
+]

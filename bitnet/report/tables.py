@@ -17,7 +17,7 @@ HEADINGS = (
     "bits per weight",
     "MB",
 )
-UNKNOWN = "–"
+UNKNOWN = "—"
 
 
 def results_table(records: Sequence[RunRecord], *, title: str | None = None) -> Table:

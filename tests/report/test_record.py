@@ -89,7 +89,9 @@ def test_a_full_disk_keeps_the_record_that_was_there(make_record, tmp_path, monk
 def test_git_state_names_the_commit_and_sees_changes(tmp_path):
     def git(*arguments: str) -> str:
         identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
-        done = subprocess.run(["git", "-C", tmp_path, *identity, *arguments], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], capture_output=True, text=True, check=True
+        )
         return done.stdout.strip()
 
     git("init", "-q")

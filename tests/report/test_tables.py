@@ -28,7 +28,7 @@ def cells(markdown: str, row: int) -> list[str]:
 
 def test_markdown_holds_every_figure_and_the_gap_to_the_dense_row(three):
     markdown = results_markdown(three)
-    assert cells(markdown, 0) == ["dense", "4.0000", "–", "54.60", "1.7500", "32.000", "20.00"]
+    assert cells(markdown, 0) == ["dense", "4.0000", "—", "54.60", "1.7500", "32.000", "20.00"]
     assert cells(markdown, 2) == ["b1.58 frozen", "4.1250", "+0.1250", "61.87", "1.7500", "1.600", "2.35"]
 
 
@@ -43,13 +43,13 @@ def test_a_model_better_than_its_twin_has_a_negative_gap(three, make_record):
 
 def test_there_is_no_gap_without_a_dense_row_or_to_one_of_other_data(three, make_record):
     other = make_record(method="dense", nll=1.0, data={"name": "c4", "hash": "ffff"})
-    assert cells(results_markdown(three[1:]), 0)[2] == "–"
-    assert cells(results_markdown([other, *three[1:]]), 1)[2] == "–"
+    assert cells(results_markdown(three[1:]), 0)[2] == "—"
+    assert cells(results_markdown([other, *three[1:]]), 1)[2] == "—"
 
 
 def test_a_figure_that_was_not_measured_is_a_dash(make_record):
     record = make_record(nll=None, perplexity=None, bits_per_byte=None)
-    assert cells(results_markdown([record]), 0)[1:5] == ["–", "–", "–", "–"]
+    assert cells(results_markdown([record]), 0)[1:5] == ["—", "—", "—", "—"]
 
 
 def test_the_terminal_shows_the_same_rows(three):
