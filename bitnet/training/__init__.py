@@ -1,1 +1,32 @@
-"""TODO."""
+"""Training: the module, its optimizer and schedules, checkpoints that resume exactly, and callbacks that watch."""
+
+from bitnet.training.checkpoint import AtomicCheckpointIO
+from bitnet.training.guard import NonFiniteError, NonFiniteGuard
+from bitnet.training.health import HealthTelemetry
+from bitnet.training.last_and_best import LastAndBest
+from bitnet.training.module import LanguageModelingModule
+from bitnet.training.optim import adamw
+from bitnet.training.progress import TrainingProgress
+from bitnet.training.random_state import RandomState
+from bitnet.training.samples import WriteSamples, generate
+from bitnet.training.schedules import Factors, Schedule, constant, cosine, two_stage, wsd
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "Factors",
+    "HealthTelemetry",
+    "LanguageModelingModule",
+    "LastAndBest",
+    "NonFiniteError",
+    "NonFiniteGuard",
+    "RandomState",
+    "Schedule",
+    "TrainingProgress",
+    "WriteSamples",
+    "adamw",
+    "constant",
+    "cosine",
+    "generate",
+    "two_stage",
+    "wsd",
+]
