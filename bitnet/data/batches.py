@@ -1,7 +1,7 @@
 """Endless training batches that can be taken up again at any of them, and the batches of an evaluation split.
 
-Each training batch carries the state of the stream *after* it under ``"state"``. So what a checkpoint records follows the
-batches that were consumed, not those that workers have prepared ahead.
+Each training batch carries the state of the stream *after* it under ``"state"``. So what a checkpoint records follows
+the batches that were consumed, not those that workers have prepared ahead.
 
 Batches are made whole inside a worker and taken from the workers in turn: batch k always comes from worker k mod W.
 """
@@ -43,9 +43,9 @@ class BatchShape:
 class CachedBatches(IterableDataset[Batch]):
     """Blocks of a token cache, in a new permutation for each epoch.
 
-    Sample s of the whole run is block ``permutation(epoch)[s % blocks]``, epoch ``s // blocks``; a global batch takes the
-    next ``world_size * batch_size`` samples. One integer, the number of samples consumed, is the whole state, and it
-    means the same at any world size, worker count and batch size.
+    Sample s of the whole run is block ``permutation(epoch)[s % blocks]``, epoch ``s // blocks``; a global batch takes
+    the next ``world_size * batch_size`` samples. One integer, the number of samples consumed, is the whole state, and
+    it means the same at any world size, worker count and batch size.
     """
 
     def __init__(

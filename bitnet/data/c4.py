@@ -1,7 +1,8 @@
 """C4, the web text that BitNet b1.58 was trained on: a local folder of its shards, or the hub's ``allenai/c4``.
 
-``path`` set means the folder only; unset means the hub only; neither ever stands in for the other. C4 has no test split:
-a fifth of its validation documents, chosen by hash, is set apart as the test split and never evaluated as validation.
+``path`` set means the folder only; unset means the hub only; neither ever stands in for the other. C4 has no test
+split: a fifth of its validation documents, chosen by hash, is set apart as the test split and never evaluated as
+validation.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ class C4:
     """Source of C4's English text.
 
     Args:
-        path: Folder with ``c4-train.*.json.gz`` and ``c4-validation.*.json.gz``; None streams ``allenai/c4`` of the hub.
+        path: Folder with ``c4-train.*.json.gz`` and ``c4-validation.*.json.gz``; None streams ``allenai/c4``.
         on_bad_line: ``error`` stops at a line that is not a JSON object with a string in ``text``, naming shard and
             line; ``skip`` leaves it out and counts it.
 
@@ -67,8 +68,8 @@ class C4:
         if not found:
             there = sorted(entry.name for entry in self.path.iterdir())[:5]
             raise InputError(
-                f"no c4-{split}.*.json.gz in {self.path} (it holds {', '.join(there) or 'nothing'}): set data.path to the "
-                "folder that holds C4's shards under their own names"
+                f"no c4-{split}.*.json.gz in {self.path} (it holds {', '.join(there) or 'nothing'}): set data.path to "
+                "the folder that holds C4's shards under their own names"
             )
         return found
 

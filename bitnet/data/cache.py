@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,11 +130,7 @@ def _write(documents: Iterable[str], encoder: DocumentEncoder, vocab_size: int, 
 
 def _measured(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
-        return {"size": path.stat().st_size, "sha256": _sha256(file)}
-
-
-def _sha256(file: BinaryIO) -> str:
-    return hashlib.file_digest(file, "sha256").hexdigest()
+        return {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _problem(stem: Path) -> str | None:
@@ -156,8 +152,8 @@ def _open(stem: Path, vocab_size: int) -> Tokens:
     ids = _mapped(_path(stem, "ids"), np.dtype(sidecar["dtype"]))
     if len(ids) and int(ids.max()) >= vocab_size:
         raise InputError(
-            f"{_path(stem, 'ids')} holds the id {int(ids.max())} and the vocabulary has {vocab_size} entries: it belongs to "
-            "another tokenizer; delete it"
+            f"{_path(stem, 'ids')} holds the id {int(ids.max())} and the vocabulary has {vocab_size} entries: it "
+            "belongs to another tokenizer; delete it"
         )
     return Tokens(ids, _mapped(_path(stem, "starts"), np.dtype("<i8")), sidecar["bytes"], sidecar["text_hash"])
 

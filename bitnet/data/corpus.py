@@ -61,8 +61,8 @@ class Corpus:
         tokens = self._tokens["train"]
         if len(tokens.ids) < block_size:
             raise InputError(
-                f"the training split of {self.source.name} must hold a block of {block_size} tokens, got {len(tokens.ids)} "
-                f"tokens in {len(tokens.starts)} documents: add text, or lower data.block_size"
+                f"the training split of {self.source.name} must hold a block of {block_size} tokens, got "
+                f"{len(tokens.ids)} tokens in {len(tokens.starts)} documents: add text, or lower data.block_size"
             )
         return tokens
 
@@ -77,13 +77,13 @@ class Corpus:
         tokens = self._tokens[split]
         if not len(tokens.ids):
             raise InputError(
-                f"the {split} split of {self.source.name} must not be empty: documents go to a split by their hash, and "
-                "none came here; add documents, or cut the text into more of them"
+                f"the {split} split of {self.source.name} must not be empty: documents go to a split by their hash, "
+                "and none came here; add documents, or cut the text into more of them"
             )
         return tokens
 
     def describe(self) -> dict[str, Any]:
-        """Hashes, and documents, tokens and bytes of each split read so far (a streamed training split is not counted)."""
+        """Hashes, and documents, tokens and bytes of each split read so far (not of a streamed training split)."""
         return {
             "name": self.source.name,
             "corpus_hash": self.hash,

@@ -1,8 +1,9 @@
 """The data of a run for Lightning: splits, tokenizer, batches, and a state that resumes at the very next batch.
 
 Lightning's own handling restarts an epoch or skips a batch on resume, so none of it is used. The training loader
-starts where this module's state says, and the state moves when a batch is handed to the training step. What a checkpoint
-holds is the data that *finished* optimizer steps have consumed: the batches of a step that was cut off come again.
+starts where this module's state says, and the state moves when a batch is handed to the training step. What a
+checkpoint holds is the data that *finished* optimizer steps have consumed: the batches of a step that was cut off come
+again.
 """
 
 from pathlib import Path
@@ -210,15 +211,15 @@ class TextDataModule(LightningDataModule):
         """Go on where ``state_dict`` stands.
 
         Raises:
-            InputError: It was made with other text, another tokenizer or another order, or (streaming only) with another
-                number of processes or workers.
+            InputError: It was made with other text, another tokenizer or another order, or (streaming only) with
+                another number of processes or workers.
         """
         saved = state_dict["identity"]
         for key, value in self._identity().items():
             if saved.get(key) != value:
                 raise InputError(
-                    f"the checkpoint was made with {key} {saved.get(key)} and this run has {value}: resume with the same "
-                    "data settings, or start a new run from the model's weights"
+                    f"the checkpoint was made with {key} {saved.get(key)} and this run has {value}: resume with the "
+                    "same data settings, or start a new run from the model's weights"
                 )
         self._latest = state_dict["ranks"][self._rank] if self._source.streaming else state_dict["consumed"]
         self._finished, self._step = self._latest, None

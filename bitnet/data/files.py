@@ -34,8 +34,8 @@ def read_lines(path: Path, invalid_utf8: InvalidUtf8) -> Iterator[tuple[str, boo
                 if invalid_utf8 == "error":
                     byte = error.object[error.start]
                     raise InputError(
-                        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}: convert the file, or "
-                        "set data.source.invalid_utf8=replace to read such bytes as U+FFFD and count the lines"
+                        f"{path} is not UTF-8: byte 0x{byte:02x} at offset {offset + error.start}: convert the file, "
+                        "or set data.source.invalid_utf8=replace to read such bytes as U+FFFD and count the lines"
                     ) from error
                 yield line.decode("utf-8", errors="replace"), True
             offset += len(line)

@@ -40,13 +40,13 @@ class HubDataset:
             info = HfApi().dataset_info(self.repository, revision=self.revision, timeout=HUB_TIMEOUT)
         except OfflineModeIsEnabled as error:
             raise InputError(
-                f"{self.repository} is on the Hugging Face hub and HF_HUB_OFFLINE is set: unset it, or set data.path to "
-                "a local copy"
+                f"{self.repository} is on the Hugging Face hub and HF_HUB_OFFLINE is set: unset it, or set data.path "
+                "to a local copy"
             ) from error
         except (httpx.HTTPError, HfHubHTTPError, OSError) as error:
             raise InputError(
-                f"the Hugging Face hub does not answer for {self.repository} ({type(error).__name__}): check the network, "
-                "or set data.path to a local copy (HF_HUB_OFFLINE=1 makes this fail at once)"
+                f"the Hugging Face hub does not answer for {self.repository} ({type(error).__name__}): check the "
+                "network, or set data.path to a local copy (HF_HUB_OFFLINE=1 makes this fail at once)"
             ) from error
         return str(info.sha)
 
@@ -94,8 +94,8 @@ def text_column(stream: "IterableDataset", name: str) -> Iterator[Any]:
             yield from batch.get("text", [None] * rows)
     except (ArrowInvalid, DatasetGenerationError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
-            f"{name}: `datasets` cannot read on ({type(error).__name__}: {error}): download the files and set data.path; "
-            "the local reader names the line and can skip it"
+            f"{name}: `datasets` cannot read on ({type(error).__name__}: {error}): download the files and set "
+            "data.path; the local reader names the line and can skip it"
         ) from error
 
 

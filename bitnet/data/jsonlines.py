@@ -1,7 +1,7 @@
 """Reading documents from lines of JSON, plain or gzipped, with an error that names the line.
 
-The libraries' readers say neither which file is truncated nor which line is broken, and take a missing text field for no
-text. Here a bad line is an error with its place, or is skipped and counted when that was asked for.
+The libraries' readers say neither which file is truncated nor which line is broken, and take a missing text field for
+no text. Here a bad line is an error with its place, or is skipped and counted when that was asked for.
 """
 
 import gzip

@@ -54,12 +54,12 @@ def packed_blocks(
 def batch_of(blocks: Sequence[Block], block_size: int, *, pad: int, isolate_documents: bool) -> dict[str, Tensor]:
     """A batch of blocks: ``input_ids`` and ``labels``, int64 [len(blocks), block_size].
 
-    ``labels`` equal ``input_ids``: whoever computes the loss shifts by one. A block shorter than ``block_size`` (the end of
-    an evaluation split) is filled with ``pad``, labelled -100, so that every token of the text counts once.
+    ``labels`` equal ``input_ids``: whoever computes the loss shifts by one. A block shorter than ``block_size`` (the
+    end of an evaluation split) is filled with ``pad``, labelled -100, so that every token of the text counts once.
 
-    With ``isolate_documents`` there are also ``position_ids``, int64 of the same shape, which start again at 0 with each
-    document. transformers derives from them a mask that keeps attention inside a document (where no cache is in use), and
-    the first token of a document, which nothing before it can predict, is labelled -100.
+    With ``isolate_documents`` there are also ``position_ids``, int64 of the same shape, which start again at 0 with
+    each document. transformers derives from them a mask that keeps attention inside a document (where no cache is in
+    use), and the first token of a document, which nothing before it can predict, is labelled -100.
     """
     ids = torch.full((len(blocks), block_size), pad, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)

@@ -18,19 +18,7 @@ from bitnet.data.sources import Shard, Split, in_split
 
 # Third-party code, tests, applications and bundled wheels: not the library's documentation.
 LEFT_OUT = frozenset(
-    [
-        "site-packages",
-        "dist-packages",
-        "test",
-        "tests",
-        "idlelib",
-        "idle_test",
-        "lib2to3",
-        "turtledemo",
-        "ensurepip",
-        "__pycache__",
-        "pydoc_data",
-    ]
+    {"site-packages", "dist-packages", "ensurepip", "test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo"}
 )
 
 

@@ -1,8 +1,8 @@
 """The order of a streamed training split: a function of the seed, with a position that is five small integers.
 
-A shuffle buffer is state that cannot be saved, so there is none. Each epoch permutes the shards; inside a shard, windows
-of consecutive documents are read and each is permuted. Every permutation is drawn from (seed, epoch, shard, window), so a
-position says everything: resuming reads one window again and goes on at the next token.
+A shuffle buffer is state that cannot be saved, so there is none. Each epoch permutes the shards; inside a shard,
+windows of consecutive documents are read and each is permuted. Every permutation is drawn from (seed, epoch, shard,
+window), so a position says everything: resuming reads one window again and goes on at the next token.
 
 Several consumers (a rank's data workers, on all ranks) share an epoch without overlap or loss: consumer c of n takes
 every n-th shard of the permuted order or, where there are fewer shards than consumers, every n-th document of each.

@@ -4,8 +4,8 @@ A document is a ``str``. A source lists the shards of a split in an order that n
 from its start as often as one likes. Everything after it (shuffling, resuming, sharding by rank, tokenizing) needs no
 more than that, so a new data set is one function that yields strings.
 
-Sources without splits of their own share documents out by the hash of their text. The same text always lands in the same
-split, whatever its position or the files beside it: exact duplicates cannot leak from training into evaluation.
+Sources without splits of their own share documents out by the hash of their text. The same text always lands in the
+same split, whatever its position or the files beside it: exact duplicates cannot leak from training into evaluation.
 """
 
 import hashlib

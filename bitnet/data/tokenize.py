@@ -1,12 +1,12 @@
 """Documents to arrays of token ids, each between its begin and end marks, in batches for speed.
 
-A text that spells out a mark (``</s>`` in a web page) is encoded as those characters, never as the mark: no document can
-end itself. A very long document is encoded in pieces, cut where a space follows a visible character. Byte-level BPE never
-merges across such a place, so the ids are the same and the memory is bounded.
+A text that spells out a mark (``</s>`` in a web page) is encoded as those characters, never as the mark: no document
+can end itself. A very long document is encoded in pieces, cut where a space follows a visible character. Byte-level
+BPE never merges across such a place, so the ids are the same and the memory is bounded.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,17 +33,15 @@ class DocumentEncoder:
     def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         from tokenizers import Tokenizer
 
-        if tokenizer.eos_token_id is None:
+        begin, end = cast("int | None", tokenizer.bos_token_id), cast("int | None", tokenizer.eos_token_id)
+        if end is None:
             raise InputError(
                 "the tokenizer must have an end-of-text token (eos_token) to mark where documents end, and has none: "
                 "choose another data.tokenizer.path, or set eos_token in its tokenizer_config.json"
             )
-        self.end = int(tokenizer.eos_token_id)
-        begin = tokenizer.bos_token_id
-        self._before = [] if begin is None or begin == self.end else [int(begin)]
-        self._backend = Tokenizer.from_str(
-            tokenizer.backend_tokenizer.to_str()
-        )  # a copy: its switches are changed here
+        self.end = end
+        self._before = [] if begin is None or begin == end else [begin]
+        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, whose switches we may set
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()

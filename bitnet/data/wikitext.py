@@ -1,7 +1,7 @@
 """WikiText-103: Wikipedia articles with the splits they were published with, from a local folder or the hub.
 
-``path`` set means the folder only (the hub's parquet files, or the original ``wiki.*.raw``); unset means the hub only. The
-stored rows are lines; a document here is an article, from its `` = Title = `` to the next one.
+``path`` set means the folder only (the hub's parquet files, or the original ``wiki.*.raw``); unset means the hub only.
+The stored rows are lines; a document here is an article, from its `` = Title = `` to the next one.
 """
 
 import re
@@ -56,8 +56,8 @@ class WikiText:
         found = sorted([*self.path.glob(f"*{word}*.parquet"), *self.path.glob(f"wiki.{word}*")])
         if not found:
             raise InputError(
-                f"no file of the {split} split in {self.path}: expected *{word}*.parquet or wiki.{word}.raw; set data.path "
-                "to the folder that holds them"
+                f"no file of the {split} split in {self.path}: expected *{word}*.parquet or wiki.{word}.raw; set "
+                "data.path to the folder that holds them"
             )
         return found
 
