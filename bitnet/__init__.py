@@ -6,12 +6,17 @@
     frozen = layer.freeze()                     # integer codes and a scale: bit for bit the same answers
     names = bitnet.convert(model)               # every linear of a model but its head
 
-Importing this imports torch and nothing heavier; training, data, export and reports live in their own subpackages.
+The names below are loaded when they are first used, so that importing the package is instant (a command line that only
+prints its help page needs no torch). Training, data, export and reports live in their own subpackages.
 """
 
-from bitnet.errors import InputError
-from bitnet.nn import BitLinear, BitLinear158, QuantizedLinear, convert, freeze
-from bitnet.quant import QTensor, fake_quantize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitnet.errors import InputError
+    from bitnet.nn import BitLinear, BitLinear158, QuantizedLinear, convert, freeze
+    from bitnet.quant import QTensor, fake_quantize
 
 __version__ = "0.1.0"
 
@@ -25,3 +30,11 @@ __all__ = [
     "fake_quantize",
     "freeze",
 ]
+
+_HOMES = {"InputError": "bitnet.errors", "QTensor": "bitnet.quant", "fake_quantize": "bitnet.quant"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'bitnet' has no attribute {name!r}: it offers {', '.join(__all__)}")
+    return getattr(import_module(_HOMES.get(name, "bitnet.nn")), name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitnet.errors import InputError
@@ -32,7 +33,7 @@ def from_directory(path: str | Path) -> PreTrainedModel:
         model, report = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not load as a causal language model: {str(error).splitlines()[0]}") from error
     _refuse_incomplete(path, report)
     for name, parameter in model.named_parameters():

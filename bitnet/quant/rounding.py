@@ -17,7 +17,7 @@ def round_to_codes(
 
     Divides by the scale (a tensor, so a true division on every device) instead of multiplying by its reciprocal, which
     would round differently in the last bit and, at a tie, in the code. A NaN or an infinity in ``x`` has no code,
-    but it is not lost: it made the scale NaN or infinite, and with it every value of its group NaN.
+    but it is not lost: it made the scale NaN or infinite, and with it no value of its group is finite.
     """
     if group_size is not None:
         columns = x.shape[-1]

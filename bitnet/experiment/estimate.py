@@ -1,0 +1,86 @@
+"""What a run would cost, without running it: parameters and bytes are counted, memory and time are estimated."""
+
+import time
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from bitnet.nn import BitLinear, QuantizedLinear, bit_linears
+from bitnet.quant import packed_bits
+
+BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
+
+
+def print_estimate(cfg: DictConfig, console: Console) -> None:
+    """Print the table of a dry run. The model is built without memory (meta device) unless it comes from a folder."""
+    with torch.device("meta"):
+        vocab_size = cfg.model.vocab_size or cfg.data.tokenizer.vocab_size or 32000
+        model = instantiate(cfg.model, vocab_size=vocab_size)
+    tokens_a_step = cfg.data.batch_size * cfg.data.block_size
+    table = Table(title=f"Dry run of {cfg.method}", title_justify="left", show_header=False)
+    for name, value in _figures(model, tokens_a_step, cfg).items():
+        table.add_row(name, value)
+    console.print(table)
+
+
+def _figures(model: nn.Module, tokens: int, cfg: DictConfig) -> dict[str, str]:
+    parameters = sum(p.numel() for p in model.parameters())
+    quantized = sum(layer.weight.numel() for _, layer in bit_linears(model))
+    frozen = 4 * (parameters - quantized) + sum(_frozen_bytes(layer) for _, layer in bit_linears(model))
+    flops = 6 * (parameters - model.get_input_embeddings().weight.numel()) * tokens  # pyright: ignore
+    flops *= cfg.trainer.accumulate_grad_batches
+    activations = _activation_bytes(model, tokens)
+    rate = _matmul_rate()
+    seconds = flops * cfg.trainer.max_steps / rate
+    return {
+        "parameters": f"{parameters:,}, of which {quantized:,} quantized ({quantized / parameters:.0%})",
+        "checkpoint, latent float32": _bytes(4 * parameters),
+        "frozen: packed codes, float32 scales and the rest": _bytes(frozen),
+        "training memory: weights, gradients, AdamW": _bytes(BYTES_A_TRAINED_PARAMETER * parameters),
+        "training memory: activations (estimate)": _bytes(activations),
+        "tokens": f"{tokens * cfg.trainer.accumulate_grad_batches:,} a step, {cfg.trainer.max_steps:,} steps",
+        "time (estimate)": f"{_duration(seconds)} at the {rate / 1e9:,.0f} GFLOP/s that a float32 product reaches here",
+    }
+
+
+def _frozen_bytes(layer: BitLinear) -> int:
+    """Bytes of the packed codes and one float32 scale for the tensor: finer granularities add theirs."""
+    levels = layer.quantizer(torch.zeros(1, 1)).levels
+    return packed_bits(layer.weight.shape, levels) // 8 + 4
+
+
+def _activation_bytes(model: nn.Module, tokens: int) -> int:
+    """Kept for the backward pass: int8 or float32 inputs of every linear, twice the hidden width per norm, logits."""
+    kept = 0
+    for module in model.modules():
+        if isinstance(module, nn.Linear | QuantizedLinear):
+            width = module.in_features * (1 if isinstance(module, BitLinear) else 4)
+            kept += tokens * (width + 8 * module.out_features)
+    return kept
+
+
+def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
+    """FLOP/s of a float32 matrix product on this machine, measured for a moment."""
+    a = torch.randn(size, size, device="cuda" if torch.cuda.is_available() else "cpu")
+    a @ a
+    count, began = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - began) < seconds:
+        a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize()
+        count += 1
+    return 2 * size**3 * count / elapsed
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds >= 2 * 86400:
+        return f"{seconds / 86400:,.0f} days"
+    return f"{seconds / 3600:,.1f} hours" if seconds >= 2 * 3600 else f"{seconds / 60:,.1f} minutes"

@@ -1,0 +1,197 @@
+"""One run: build, fit, evaluate, freeze, evaluate, export, record.
+
+Everything that another layer needs from a third one meets here and nowhere else: the tokenizer's vocabulary goes into
+the model, the data's bytes a token into the validation, the measured loss into the record.
+"""
+
+import logging
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, Trainer
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from bitnet.data.datamodule import TextDataModule
+from bitnet.data.tokenizer import check_vocabulary, fingerprint
+from bitnet.evaluation import LossSummary, evaluate_loss, footprint
+from bitnet.experiment.estimate import print_estimate
+from bitnet.experiment.settings import check, claim_directory, command, plain, resumed, twin_of
+from bitnet.nn import bit_linears, freeze
+from bitnet.report import RunRecord, close_loggers, git_state, machine, make_loggers, results_markdown, results_table
+from bitnet.report import training_curves as draw_curves
+from bitnet.report.record import versions
+from bitnet.training import AtomicCheckpointIO, LanguageModelingModule, LastAndBest, RandomState
+
+RECORD = "run.json"
+LATENT_RECORD = "latent.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What training took."""
+
+    steps: int
+    tokens: int
+    tokens_per_s: float | None
+
+
+def run(cfg: DictConfig) -> list[RunRecord]:
+    """Run what ``cfg`` describes, print the table, and return its rows.
+
+    The folder of the run holds ``config.yaml``, ``run.json`` (the record), ``results.md``, ``curves.png``,
+    ``checkpoints/``, ``csv/`` and, unless ``export`` is null, ``hf/``; a dense twin has all of it in ``dense/``.
+
+    Raises:
+        InputError: the configuration, the data or the model cannot be used, or the training diverged.
+    """
+    _quiet()
+    if cfg.resume is not None:
+        cfg = resumed(cfg)
+    check(cfg)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    console = Console(highlight=False)
+    if cfg.dry_run:
+        print_estimate(cfg, console)
+        return []
+    directory = Path(cfg.resume) if cfg.resume is not None else claim_directory(cfg)
+    console.print(f"[bold]{cfg.method}[/bold] in {directory}")
+    records: list[RunRecord] = []
+    if cfg.twin:
+        console.print("The dense twin first.")
+        records += _run_arm(twin_of(cfg), directory / "dense", console)
+    records += _run_arm(cfg, directory, console)
+    if cfg.fit:
+        arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
+        draw_curves({name: _metrics(arm) for name, arm in arms.items()}, directory / "curves.png")
+    (directory / "results.md").write_text(results_markdown(records), encoding="utf-8")
+    console.print(results_table(records, title=f"Results ({directory})"))
+    return records
+
+
+def _run_arm(cfg: DictConfig, directory: Path, console: Console) -> list[RunRecord]:
+    """One model from its first step to its record; one that has its record already is read back."""
+    if (directory / RECORD).exists():
+        found = [directory / name for name in (LATENT_RECORD, RECORD) if (directory / name).exists()]
+        return [RunRecord.read(path) for path in found]
+    began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    torch.manual_seed(cfg.seed)
+    data = _build_data(cfg)
+    model = _build_model(cfg, data)
+    fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
+    model = model.cpu() if not torch.cuda.is_available() else model.cuda()
+
+    def record(method: str, loss: LossSummary) -> RunRecord:
+        size = footprint(model)
+        sha, dirty = git_state(Path(__file__).parent)
+        return RunRecord(
+            method=method,
+            model=cfg.model.path or f"{cfg.model.body}-{model.config.hidden_act}-{_shape(model)}",
+            data=data.describe(),
+            bits_per_weight=size.bits_per_weight,
+            bytes=size.bytes,
+            nll=loss.nll,
+            perplexity=loss.perplexity,
+            bits_per_byte=loss.bits_per_byte,
+            tokens_per_s=fit.tokens_per_s,
+            train_tokens=fit.tokens,
+            steps=fit.steps,
+            seed=cfg.seed,
+            git_sha=sha,
+            git_dirty=dirty,
+            command=command(),
+            config=plain(cfg),
+            versions=versions(),
+            machine=machine(),
+            started=started,
+            seconds=time.perf_counter() - began,
+        )
+
+    loss = _evaluate(model, data)
+    if cfg.export is not None:
+        instantiate(cfg.export).write(model, data.tokenizer, directory / "hf")
+    if not bit_linears(model):
+        records = [record(cfg.method, loss)]
+    else:
+        latent = record(f"{cfg.method} latent", loss)
+        latent.write(directory / LATENT_RECORD)
+        freeze(model)
+        frozen_loss = _evaluate(model, data)
+        if frozen_loss != loss:
+            raise AssertionError(f"the frozen model must answer as the trained one: {frozen_loss} against {loss}")
+        records = [latent, record(f"{cfg.method} frozen", frozen_loss)]
+    records[-1].write(directory / RECORD)
+    return records
+
+
+def _build_data(cfg: DictConfig) -> TextDataModule:
+    data: TextDataModule = instantiate(cfg.data)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
+    tokenizer = data.tokenizer
+    vocab_size = cfg.model.vocab_size or data.vocab_size
+    model = instantiate(
+        cfg.model, vocab_size=vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
+    check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+    return model
+
+
+def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module) -> Fit:
+    module = LanguageModelingModule(
+        model, instantiate(cfg.optim), instantiate(cfg.schedule), total_steps=cfg.trainer.max_steps, compile=cfg.compile
+    )
+    module.bytes_per_token = data.bytes_per_token
+    module.tokenizer_fingerprint = fingerprint(data.tokenizer)
+    loggers = make_loggers(_instantiate_all(cfg.logger), directory)
+    checkpoints = LastAndBest(directory / "checkpoints")
+    callbacks: list[Callback] = [RandomState(), *_instantiate_all(cfg.callbacks).values(), checkpoints]
+    trainer: Trainer = instantiate(
+        cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[AtomicCheckpointIO()], default_root_dir=directory
+    )
+    last = directory / "checkpoints" / "last.ckpt"
+    began = time.perf_counter()
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
+    close_loggers(loggers)
+    if not trainer.is_global_zero:
+        raise SystemExit(0)  # the other ranks have done their part: evaluation and export are one process's work
+    return Fit(trainer.global_step, module.tokens, module.tokens / (time.perf_counter() - began))
+
+
+def _instantiate_all(nodes: DictConfig | None) -> Mapping[str, Any]:
+    return {name: instantiate(node) for name, node in (nodes or {}).items() if node is not None}
+
+
+def _evaluate(model: nn.Module, data: TextDataModule) -> LossSummary:
+    return evaluate_loss(model, data.val_dataloader(), bytes_per_token=data.bytes_per_token)
+
+
+def _shape(model: Any) -> str:
+    config = model.config
+    return f"{config.hidden_size}x{config.num_hidden_layers}"
+
+
+def _metrics(directory: Path) -> Path:
+    return sorted((directory / "csv").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)[-1]
+
+
+def _quiet() -> None:
+    """Leave the terminal to the run's own progress: libraries speak up from warnings on."""
+    transformers_logging.disable_progress_bar()
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")

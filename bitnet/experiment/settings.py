@@ -1,0 +1,196 @@
+"""Refuse a configuration that cannot be run, in one line, before any work; find the folder that the run writes to.
+
+Hydra refuses a key that the configuration does not have, but ``+model.extra=3`` adds one, and it knows nothing of
+combinations. Here every key beside a ``_target_`` must be a parameter of what it names.
+"""
+
+import difflib
+import inspect
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from hydra.utils import get_object
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from bitnet.errors import InputError
+
+SETTINGS = "config.yaml"  # in a run's folder: what the run was started with
+GROUPS = {
+    "size",
+    "quantizer",
+    "activation",
+    "model",
+    "data",
+    "optim",
+    "schedule",
+    "trainer",
+    "callbacks",
+    "logger",
+    "export",
+}
+VALUES = {
+    "method",
+    "seed",
+    "cache_dir",
+    "output_dir",
+    "resume",
+    "fit",
+    "dry_run",
+    "twin",
+    "twin_lr",
+    "compile",
+    "threads",
+}
+INSTANTIATE_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
+
+
+def check(cfg: DictConfig) -> None:
+    """Raise InputError for a missing value, an unknown key, or settings that contradict each other."""
+    _known("", set(map(str, cfg)), GROUPS | VALUES)
+    if missing := sorted(OmegaConf.missing_keys(cfg)):
+        raise InputError(f"{missing[0]} has no default: give {missing[0]}=...")
+    for path, node in _constructor_calls(cfg, ""):
+        _check_keys(path, node)
+    if cfg.model.get("layer") is None and (cfg.quantizer is not None or cfg.activation is not None):
+        raise InputError(
+            f"model={cfg.method} quantizes nothing: leave out quantizer= and activation=, or choose a model"
+        )
+    if cfg.twin not in (None, "dense"):
+        raise InputError(f"twin must be null or dense, got {cfg.twin!r}")
+    if cfg.twin and cfg.model.get("layer") is None:
+        raise InputError(f"twin=dense goes with a quantized model, got model={cfg.method}, which is dense itself")
+    if cfg.twin and not cfg.fit:
+        raise InputError("twin=dense trains a twin: it does not go with fit=false")
+    if not cfg.fit and cfg.model.path is None:
+        raise InputError("fit=false evaluates a trained model: give model.path=DIR")
+    longest = None if cfg.size is None else cfg.size.max_position_embeddings
+    if longest is not None and cfg.model.path is None and cfg.data.block_size > longest:
+        raise InputError(f"data.block_size={cfg.data.block_size} exceeds size.max_position_embeddings={longest}")
+    if cfg.fit and not (isinstance(cfg.trainer.max_steps, int) and cfg.trainer.max_steps > 0):
+        raise InputError(f"trainer.max_steps must be a positive number of steps, got {cfg.trainer.max_steps}")
+
+
+def twin_of(cfg: DictConfig) -> DictConfig:
+    """The same run in full precision: nothing quantized, and its own learning rate where one is given."""
+    twin = cfg.copy()
+    OmegaConf.update(twin, "method", "dense")
+    OmegaConf.update(twin, "twin", None)
+    OmegaConf.update(twin, "model.layer", None)
+    OmegaConf.update(twin, "quantizer", None)
+    OmegaConf.update(twin, "activation", None)
+    if cfg.twin_lr is not None:
+        OmegaConf.update(twin, "optim.lr", cfg.twin_lr)
+    return twin
+
+
+def claim_directory(cfg: DictConfig) -> Path:
+    """Make the run's folder, with the settings in it; a folder is claimed by one run only.
+
+    Raises:
+        InputError: ``output_dir`` exists already.
+    """
+    if cfg.output_dir is not None:
+        directory = Path(cfg.output_dir)
+        if directory.exists():
+            raise InputError(f"{directory} exists already: choose a new output_dir, or go on with resume={directory}")
+        directory.mkdir(parents=True)
+    else:
+        directory = _new_directory(
+            _sweep_directory() or Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{cfg.method}"
+        )
+    settings = cfg.copy()
+    OmegaConf.update(settings, "output_dir", str(directory))
+    OmegaConf.save(settings, directory / SETTINGS)
+    return directory
+
+
+def resumed(cfg: DictConfig) -> DictConfig:
+    """The settings that the run in ``cfg.resume`` was started with. Only ``threads`` may be given anew.
+
+    Raises:
+        InputError: no run is there, or the command line gives settings of its own.
+    """
+    directory = Path(cfg.resume)
+    if not (directory / SETTINGS).is_file():
+        raise InputError(f"resume must be a run's folder (one with a {SETTINGS} in it), got {directory}")
+    others = [each for each in _overrides() if each.split("=")[0] not in ("resume", "threads")]
+    if others:
+        raise InputError(
+            f"resume goes on with the run's own settings, so {' '.join(others)} has no meaning: leave it out"
+        )
+    settings = OmegaConf.load(directory / SETTINGS)
+    assert isinstance(settings, DictConfig)
+    OmegaConf.update(settings, "resume", str(directory))
+    OmegaConf.update(settings, "threads", cfg.threads)
+    return settings
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as a plain dict, every interpolation resolved."""
+    return OmegaConf.to_container(cfg, resolve=True)  # type: ignore[return-value]
+
+
+def _overrides() -> list[str]:
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def _sweep_directory() -> Path | None:
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().runtime.output_dir) / "run"
+
+
+def _new_directory(wanted: Path) -> Path:
+    """``wanted``, or the first of ``wanted-2``, ``wanted-3``, ... that no other run has made in the same second."""
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        directory = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            directory.mkdir()
+        except FileExistsError:
+            number += 1
+        else:
+            return directory
+
+
+def _constructor_calls(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
+    """Every ``_target_`` node at or below ``node``, with its dotted path."""
+    if isinstance(node, DictConfig):
+        if "_target_" in node:
+            yield path, node
+        for key in node:
+            yield from _constructor_calls(node[key], f"{path}.{key}" if path else str(key))
+    elif isinstance(node, ListConfig):
+        for index, each in enumerate(node):
+            yield from _constructor_calls(each, f"{path}.{index}")
+
+
+def _check_keys(path: str, node: DictConfig) -> None:
+    parameters = inspect.signature(get_object(node._target_)).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return
+    _known(f"{path}.", set(map(str, node)) - INSTANTIATE_KEYS, parameters)
+
+
+def _known(prefix: str, keys: set[str], allowed: Any) -> None:
+    for key in sorted(keys - set(allowed)):
+        raise InputError(f"unknown key {prefix}{key}{hint(key, allowed, prefix)}")
+
+
+def hint(word: str, known: Any, prefix: str = "") -> str:
+    """``: did you mean ...?`` or the choices there are."""
+    close = difflib.get_close_matches(word, [str(each) for each in known], n=1, cutoff=0.6)
+    return f": did you mean {prefix}{close[0]}?" if close else f": there are {', '.join(sorted(map(str, known)))}"
+
+
+def command() -> str:
+    """The command line of this process, as it was typed."""
+    import shlex
+
+    return shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else shlex.join(sys.argv)
