@@ -45,7 +45,9 @@ class LastAndBest(Checkpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         directory = Path(self._directory or Path(trainer.default_root_dir) / "checkpoints").absolute()
         self.last, self.best = directory / "last.ckpt", directory / "best.ckpt"
-        if stage == "fit" and trainer.ckpt_path is None and self.last.exists():
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.ckpt_path is None and self.last.exists():
             raise InputError(
                 f"{self.last} exists already: go on from it with resume={self.last}, or choose another folder"
             )
@@ -62,7 +64,7 @@ class LastAndBest(Checkpoint):
         number = self._stop_signal(trainer)
         due = self._every_n_steps is not None and step % self._every_n_steps == 0
         if due or number is not None or trainer.should_stop or step == trainer.max_steps:
-            trainer.save_checkpoint(self.last)
+            trainer.save_checkpoint(self.last, weights_only=False)
         if number is not None:
             pl_module.print(f"Stopped after step {step}. Go on with the same command and resume={self.last}")
             # SIGTERM ends with the status that a shell gives it: an unfinished run must not look finished.
@@ -75,7 +77,7 @@ class LastAndBest(Checkpoint):
         improved = self.best_loss is None or loss < self.best_loss
         if improved:
             self.best_loss = loss
-        trainer.save_checkpoint(self.last)
+        trainer.save_checkpoint(self.last, weights_only=False)
         if improved and trainer.is_global_zero:
             with atomic_file(self.best) as partial:
                 shutil.copyfile(self.last, partial)

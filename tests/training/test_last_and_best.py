@@ -1,0 +1,132 @@
+"""Which checkpoints are kept, and what a signal or a kill leaves."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from toy_training import ToyData, toy_module, toy_trainer
+
+from bitnet.errors import InputError
+from bitnet.training import AtomicCheckpointIO, LastAndBest
+
+
+def _fit(root, steps=4, callbacks=(), keep=None, resume=None, **options):
+    keep = keep or LastAndBest()
+    options = {"limit_val_batches": 2, "val_check_interval": 2} | options
+    trainer = toy_trainer(root, steps, [*callbacks, keep], enable_checkpointing=True, **options)
+    trainer.fit(toy_module(), datamodule=ToyData(), ckpt_path=resume)
+    return keep
+
+
+def _step_of(path):
+    return AtomicCheckpointIO().load_checkpoint(path)["global_step"]
+
+
+class _FixedLosses(Callback):
+    """Puts its own numbers in the place of the validation losses."""
+
+    def __init__(self, *losses):
+        self.losses = list(losses)
+
+    def on_validation_end(self, trainer, pl_module):
+        trainer.callback_metrics["val/loss"] = torch.tensor(self.losses.pop(0))
+
+
+def test_best_is_the_lowest_validation_loss_and_last_the_latest(tmp_path):
+    keep = _fit(tmp_path, 6, [_FixedLosses(3.0, 2.0, 2.5)])
+    assert (_step_of(keep.best), _step_of(keep.last)) == (4, 6)
+    assert sorted(path.name for path in keep.last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+def test_a_resumed_run_remembers_the_best_loss(tmp_path):
+    keep = _fit(tmp_path, 2, [_FixedLosses(2.0)])
+    keep = _fit(tmp_path, 4, [_FixedLosses(2.5)], resume=keep.last)
+    assert keep.best_loss == 2.0
+    assert _step_of(keep.best) == 2
+
+
+def test_the_last_step_is_saved_without_any_validation(tmp_path):
+    assert _step_of(_fit(tmp_path, 3, limit_val_batches=0).last) == 3
+
+
+def test_saving_every_n_steps_counts_optimizer_steps(tmp_path):
+    saved = []
+
+    class Recording(AtomicCheckpointIO):
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            saved.append(checkpoint["global_step"])
+
+    _fit(
+        tmp_path, 7, keep=LastAndBest(every_n_steps=3), limit_val_batches=0, accumulate_grad_batches=2,
+        plugins=[Recording()],
+    )  # fmt: skip
+    assert saved == [3, 6, 7]
+
+
+def test_a_new_run_does_not_overwrite_an_old_one(tmp_path):
+    _fit(tmp_path)
+    with pytest.raises(InputError, match="exists already: go on from it with resume="):
+        _fit(tmp_path)
+
+
+def test_another_folder_can_be_named(tmp_path):
+    assert _fit(tmp_path, keep=LastAndBest(tmp_path / "here")).last == tmp_path / "here/last.ckpt"
+
+
+class _SignalInStep(Callback):
+    def __init__(self, number, step):
+        self.number, self.step = number, step
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(tmp_path, capsys, number, status):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as caught:
+        _fit(tmp_path, 12, [_SignalInStep(number, 5)], accumulate_grad_batches=2, limit_val_batches=0)
+    signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    last = tmp_path / "checkpoints/last.ckpt"
+    assert caught.value.code == status
+    assert _step_of(last) == 6
+    assert f"Stopped after step 6. Go on with the same command and resume={last}" in capsys.readouterr().out
+
+
+def test_signal_handlers_are_given_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    _fit(tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_leaves_a_checkpoint_that_resumes(tmp_path):
+    """It saves at every step, so most kills fall into a save; each round goes on from the round before."""
+    last = tmp_path / "checkpoints/last.ckpt"
+    steps = [0]
+    for delay in (0.0, 0.013, 0.029, 0.047):
+        command = [
+            sys.executable,
+            str(Path(__file__).with_name("run_toy.py")),
+            str(tmp_path),
+            *["resume"] * (steps[1:] != []),
+        ]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        seen = last.stat().st_mtime_ns if last.exists() else None
+        deadline = time.monotonic() + 60
+        while (last.stat().st_mtime_ns if last.exists() else None) == seen:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(delay)
+        process.kill()
+        process.wait()
+        steps.append(_step_of(last))
+    assert steps == sorted(set(steps))

@@ -1,0 +1,60 @@
+"""Which parameters decay, and which weights are refused."""
+
+import pytest
+import torch
+from torch import nn
+from toy_training import ToyLanguageModel
+
+from bitnet.errors import InputError
+from bitnet.training import adamw
+
+
+def _decay_by_name(model):
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.1)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: decay[id(p)] for name, p in model.named_parameters()}
+
+
+def test_only_matrices_of_linears_decay():
+    assert _decay_by_name(ToyLanguageModel()) == {
+        "embedding.weight": 0.0,
+        "norm.weight": 0.0,
+        "up.weight": 0.1,
+        "down.weight": 0.1,
+        "head.weight": 0.1,
+        "head.bias": 0.0,
+    }
+
+
+def test_a_head_tied_to_the_embedding_does_not_decay():
+    model = ToyLanguageModel()
+    model.head.weight = model.embedding.weight
+    assert _decay_by_name(model)["embedding.weight"] == 0.0
+
+
+def test_a_frozen_parameter_is_left_out():
+    model = ToyLanguageModel()
+    model.up.weight.requires_grad_(False)
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.1)
+    assert not any(p is model.up.weight for group in optimizer.param_groups for p in group["params"])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_weights_are_refused_by_name(dtype):
+    model = ToyLanguageModel()
+    model.down.to(dtype)
+    with pytest.raises(InputError, match=r"float32, got torch.*float16 in down.weight"):
+        adamw(model, lr=1e-3, weight_decay=0.1)
+
+
+def test_a_model_with_nothing_to_train_is_refused():
+    with pytest.raises(InputError, match="trainable"):
+        adamw(nn.Identity(), lr=1e-3, weight_decay=0.1)
+
+
+def test_half_precision_would_lose_most_updates():
+    """The figure that the refusal quotes: lr 2e-5, weights of sigma 0.02, a full-sized Adam step."""
+    weight = torch.randn(1_000_000) * 0.02
+    half = weight.bfloat16()
+    lost = (half - 2e-5 == half).float().mean().item()
+    assert lost == pytest.approx(0.695, abs=0.01)
