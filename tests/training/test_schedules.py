@@ -1,6 +1,7 @@
 """Schedules: their ends, their continuity, and knobs that cannot be."""
 
 import math
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -29,8 +30,8 @@ def test_every_step_has_a_positive_rate_of_at_most_the_configured_one(make, tota
 def test_the_rate_rises_in_warm_up_and_falls_after_it(make, total, warmup):
     schedule, end = make(warmup=warmup), round(warmup * total)
     rates = [schedule(step, total).lr for step in range(total)]
-    assert all(a < b for a, b in zip(rates[: end - 1], rates[1:end], strict=False))
-    assert all(a >= b for a, b in zip(rates[end:], rates[end + 1 :], strict=False))
+    assert all(a < b for a, b in pairwise(rates[:end]))
+    assert all(a >= b for a, b in pairwise(rates[end:]))
 
 
 @pytest.mark.parametrize("make", [constant, cosine, wsd])
@@ -38,7 +39,7 @@ def test_the_rate_rises_in_warm_up_and_falls_after_it(make, total, warmup):
 def test_one_stage_schedules_never_jump(make, total, warmup):
     schedule = make(warmup=warmup)
     rates = [schedule(step, total).lr for step in range(total)]
-    assert max(abs(a - b) for a, b in zip(rates, rates[1:], strict=False)) < 0.03
+    assert max(abs(a - b) for a, b in pairwise(rates)) < 0.03
 
 
 @given(total=st.integers(400, 3000), second_lr=st.floats(0.1, 1), power=st.floats(0, 3))
