@@ -57,23 +57,15 @@ class Footprint:
         return sum(layer.bits for layer in chosen) / sum(layer.n_weights for layer in chosen)
 
     def rows(self) -> list[tuple[str, str, str, str, str]]:
-        """Cells of a table: name, kind, shape, bits per weight, bytes; a line each linear, one for the rest, the total."""
-        rows = [
-            (
-                layer.name,
-                layer.kind,
-                "x".join(map(str, layer.shape)),
-                f"{layer.bits_per_weight:.4f}",
-                _bytes(layer.bits),
-            )
-            for layer in self.layers
-        ]
+        """Cells of a table: name, kind, shape, bits per weight, bytes. A line each linear, the rest, the whole."""
         rest_bits = self.total_bits - sum(layer.bits for layer in self.layers)
         rest = self.n_parameters - sum(layer.n_weights for layer in self.layers)
-        rows.append(("everything else", "", f"{rest}", f"{rest_bits / rest:.4f}" if rest else "", _bytes(rest_bits)))
-        rows.append(
-            ("whole model", "", f"{self.n_parameters}", f"{self.model_bits_per_weight:.4f}", _bytes(self.total_bits))
-        )
+        rows = [
+            _row(layer.name, layer.kind, f"{layer.shape[0]}x{layer.shape[1]}", layer.n_weights, layer.bits)
+            for layer in self.layers
+        ]
+        rows.append(_row("everything else", "", str(rest), rest, rest_bits))
+        rows.append(_row("whole model", "", str(self.n_parameters), self.n_parameters, self.total_bits))
         return rows
 
 
@@ -124,5 +116,5 @@ def _bits(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size() * 8
 
 
-def _bytes(bits: int) -> str:
-    return f"{-(-bits // 8):,}"
+def _row(name: str, kind: str, shape: str, count: int, bits: int) -> tuple[str, str, str, str, str]:
+    return name, kind, shape, f"{bits / count:.4f}" if count else "", f"{-(-bits // 8):,}"

@@ -54,7 +54,7 @@ class LossSummary:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and each back in the mode that it had (a part may have been frozen on purpose)."""
+    """Every module in evaluation mode, and each back in the mode it had (a part may be frozen on purpose)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,4 +1,3 @@
-import importlib
 import math
 
 import pytest
@@ -6,11 +5,9 @@ import torch
 from torch import nn
 
 from bitnet.errors import InputError
+from bitnet.evaluation import footprint
 from bitnet.nn import BitLinear, BitLinear158, QuantizedLinear, convert, freeze
 from bitnet.quant import absmax
-
-# The package's attribute `footprint` is the function; the module of that name is reached by its path.
-footprint = importlib.import_module("bitnet.evaluation.footprint").footprint
 
 
 class Language(nn.Module):
