@@ -25,6 +25,7 @@ class _Kept(Logger):
 
 def _fit(root, *callbacks, steps=4, model=None, lr=1e-2, accumulate=1, **options):
     logger = _Kept()
+    torch.manual_seed(1)
     module = toy_module(
         steps, model=model or ToyLanguageModel(dropout=0.2),
         optimizer=lambda model: adamw(model, lr=lr, weight_decay=0.1), **options,

@@ -24,6 +24,7 @@ class _Letters:
 def _fit(root, *callbacks):
     data = ToyData()
     data.tokenizer = _Letters()
+    torch.manual_seed(1)
     module = toy_module(4, model=ToyLanguageModel(dropout=0.2))
     toy_trainer(root, 4, callbacks, limit_val_batches=1, val_check_interval=2).fit(module, datamodule=data)
     return module
@@ -49,9 +50,6 @@ def test_training_is_the_same_with_and_without_samples(tmp_path):
 
 
 def test_sampling_leaves_the_global_random_state_alone():
-    before = torch.get_rng_state()
-    _generate(ToyLanguageModel().eval())
-    assert torch.equal(torch.get_rng_state(), before) is False  # making the model drew
     model = ToyLanguageModel().eval()
     before = torch.get_rng_state()
     _generate(model)
