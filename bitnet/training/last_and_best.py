@@ -47,6 +47,8 @@ class LastAndBest(Checkpoint):
         self.last, self.best = directory / "last.ckpt", directory / "best.ckpt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for left in self.last.parent.glob(".*.ckpt.*.partial") if trainer.is_global_zero else ():
+            left.unlink()  # by a run that was killed while it saved
         if trainer.ckpt_path is None and self.last.exists():
             raise InputError(
                 f"{self.last} exists already: go on from it with resume={self.last}, or choose another folder"

@@ -169,7 +169,7 @@ def test_a_compiled_network_keeps_the_names_of_its_weights(tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, on importing its compiler
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
 def test_compiled_training_learns_what_eager_training_learns(tmp_path):
     losses = []
     for compile in (False, True):
