@@ -24,26 +24,26 @@ METRIC = "val/loss"
 class LastAndBest(Checkpoint):
     """Save ``last.ckpt`` after each validation, at the end and in between; ``best.ckpt`` at the lowest ``val/loss``.
 
+    Both are in ``checkpoints`` in the trainer's root directory, which is the run's folder.
+
     Args:
-        directory: None: ``checkpoints`` in the trainer's root directory.
         every_n_steps: optimizer steps between two saves beside those after validation. None: none.
 
     Raises:
         InputError: a new run would overwrite the checkpoints of another one.
     """
 
-    def __init__(self, directory: str | Path | None = None, every_n_steps: int | None = None) -> None:
+    def __init__(self, every_n_steps: int | None = None) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise InputError(f"every_n_steps must be at least 1, or null for none, got {every_n_steps}")
         self.best_loss: float | None = None
-        self._directory = directory
         self._every_n_steps = every_n_steps
         self._step = 0
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        directory = Path(self._directory or Path(trainer.default_root_dir) / "checkpoints").absolute()
+        directory = Path(trainer.default_root_dir) / "checkpoints"
         self.last, self.best = directory / "last.ckpt", directory / "best.ckpt"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -51,7 +51,7 @@ class LastAndBest(Checkpoint):
             left.unlink()  # by a run that was killed while it saved
         if trainer.ckpt_path is None and self.last.exists():
             raise InputError(
-                f"{self.last} exists already: go on from it with resume={self.last}, or choose another folder"
+                f"{self.last} exists already: go on with resume={trainer.default_root_dir}, or choose another folder"
             )
 
     # When to save
@@ -68,7 +68,7 @@ class LastAndBest(Checkpoint):
         if due or number is not None or trainer.should_stop or step == trainer.max_steps:
             trainer.save_checkpoint(self.last, weights_only=False)
         if number is not None:
-            pl_module.print(f"Stopped after step {step}. Go on with the same command and resume={self.last}")
+            pl_module.print(f"Stopped after step {step}. To go on: python train.py resume={trainer.default_root_dir}")
             # SIGTERM ends with the status that a shell gives it: an unfinished run must not look finished.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
