@@ -5,6 +5,7 @@ The order comes from :mod:`bitnet.data.shuffle`, which needs only shards that ca
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -56,9 +57,20 @@ class HubDataset:
         Raises:
             InputError: The hub cannot be reached.
         """
-        from datasets import load_dataset
+        return open_stream(self.repository, name=self.config, split=split, revision=self.commit())
 
-        return load_dataset(self.repository, self.config, split=split, streaming=True, revision=self.commit())
+
+def open_stream(repository: str, **options: Any) -> "IterableDataset":
+    """``datasets.load_dataset(repository, streaming=True, **options)``; it may read the first file to learn its
+    columns.
+
+    Raises:
+        InputError: That file cannot be read.
+    """
+    from datasets import load_dataset
+
+    with _clear_errors(repository):
+        return load_dataset(repository, streaming=True, **options)
 
 
 def stream_shards(
@@ -83,15 +95,22 @@ def text_column(stream: "IterableDataset", name: str) -> Iterator[Any]:
     a second time, and every worker but one would find its own shard empty.
 
     Raises:
-        InputError: ``datasets`` cannot read on; its own error names neither the file nor a way out.
+        InputError: ``datasets`` cannot read on.
     """
+    with _clear_errors(name):
+        for batch in stream.iter(batch_size=64):
+            rows = len(next(iter(batch.values())))
+            yield from batch.get("text", [None] * rows)
+
+
+@contextmanager
+def _clear_errors(name: str) -> Iterator[None]:
+    """Errors of ``datasets``, which name neither the file nor a way out, as one that does."""
     from datasets.exceptions import DatasetGenerationError
     from pyarrow import ArrowInvalid
 
     try:
-        for batch in stream.iter(batch_size=64):
-            rows = len(next(iter(batch.values())))
-            yield from batch.get("text", [None] * rows)
+        yield
     except (ArrowInvalid, DatasetGenerationError, EOFError, OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"{name}: `datasets` cannot read on ({type(error).__name__}: {error}): download the files and set "
