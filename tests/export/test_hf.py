@@ -258,7 +258,7 @@ ORIGINAL_DECLARE = hf._declare_online
         (damage_config(num_hidden_layers=1), "unexpected keys"),
         (damage_config(num_hidden_layers=3), "missing keys"),
         (damage_config(hidden_act="silu"), "other logits"),
-        (damage_config(rms_norm_eps=0.01), "other logits"),
+        (damage_config(rms_norm_eps=2e-5), "with this package.s layers gives other logits"),
     ],
     ids=["not declared", "fewer layers", "more layers", "another activation", "another epsilon"],
 )

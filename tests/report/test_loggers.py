@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 
 from bitnet.errors import InputError
 from bitnet.report import make_loggers, tensorboard_logger, wandb_logger
+
+CONF = Path(__file__).parents[2] / "conf"
 
 # A run as the trainer logs it: the real logger, in a process of its own (W&B keeps state for the whole process).
 RUN = """
@@ -125,3 +129,20 @@ def test_the_csv_file_is_written_at_every_call_and_a_second_start_keeps_the_firs
 def test_an_entry_switched_off_makes_no_logger(tmp_path):
     made = make_loggers({"wandb": None, "tensorboard": tensorboard_logger}, tmp_path)
     assert [type(logger).__name__ for logger in made] == ["CSVLogger", "TensorBoardLogger"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ("csv", []),
+        ("tensorboard", ["tensorboard"]),
+        ("wandb", ["wandb"]),
+        ("all", ["tensorboard", "wandb"]),
+    ],
+)
+def test_every_file_of_the_logger_group_names_functions_of_the_run_folder(tmp_path, choice, names):
+    with initialize_config_dir(config_dir=str(CONF / "logger"), version_base="1.3"):
+        factories = instantiate(compose(choice))
+    assert sorted(factories) == names
+    made = make_loggers(factories, tmp_path)
+    assert len(made) == 1 + len(names)
