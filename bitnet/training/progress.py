@@ -32,17 +32,17 @@ class TrainingProgress(ProgressBar):
         self._every_n_steps = every_n_steps
         self._console = console or Console(highlight=False)
         self._bar: Progress | None = None
-        self._enabled = True
+        self.is_enabled = True
         self._perplexity: float | None = None
 
     def disable(self) -> None:
-        self._enabled = False  # on all ranks but the first
+        self.is_enabled = False  # on all ranks but the first
 
     def enable(self) -> None:
-        self._enabled = True
+        self.is_enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        if self._enabled:
+        if self.is_enabled:
             self._console.print(*args, markup=False, soft_wrap=True, **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -50,7 +50,7 @@ class TrainingProgress(ProgressBar):
         self._step = self._first_step = trainer.global_step
         self._mark = (time.perf_counter(), pl_module.tokens)
         self._began = time.perf_counter()
-        if self._enabled and self._console.is_terminal:
+        if self.is_enabled and self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
                 console=self._console,
@@ -63,7 +63,7 @@ class TrainingProgress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if not self._enabled or step == self._step:
+        if not self.is_enabled or step == self._step:
             return
         self._step = step
         due = step % self._every_n_steps == 0 or step in (self._first_step + 1, trainer.max_steps)

@@ -4,6 +4,7 @@ import io
 import re
 
 import pytest
+from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from toy_training import ToyData, toy_module, toy_trainer
 
@@ -39,6 +40,17 @@ def test_a_terminal_gets_a_bar_of_optimizer_steps(tmp_path):
     assert "8/8" in text
     assert "tokens/s" in text
     assert "Epoch" not in text
+
+
+def test_what_others_print_goes_through_the_console(tmp_path):
+    class Talker(Callback):
+        def on_train_end(self, trainer, pl_module):
+            pl_module.print("[bold] words [/bold]")
+
+    console = Console(file=io.StringIO(), width=160)
+    trainer = toy_trainer(tmp_path, 1, [TrainingProgress(1, console), Talker()], enable_progress_bar=True)
+    trainer.fit(toy_module(), datamodule=ToyData())
+    assert "[bold] words [/bold]" in console.file.getvalue()
 
 
 def test_time_reads_as_a_clock():
