@@ -175,6 +175,13 @@ class EndlessLoader:
     def __len__(self) -> int:
         return ENDLESS
 
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the data module keeps the state. Without this pair Lightning warns that a resume is not exact."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing to do: the data module has made this loader where its state stands."""
+
     def __iter__(self) -> Iterator[Batch]:
         if self._num_workers == 0:
             yield from self._batches
