@@ -3,7 +3,7 @@
 Dropout must see the same numbers after a resume as in a run that was never stopped. Making a loader, validating,
 writing samples and crossing an epoch all draw from the same global generators, at places that a resumed run does not
 repeat. So the state at the end of each training batch is kept, put back at the start of the next, and stored in the
-checkpoint: training has a stream of its own, whatever happens in between. Cost: about 20 microseconds a batch.
+checkpoint: training has a stream of its own, whatever happens in between. Cost: about 0.1 ms a batch.
 """
 
 import random
@@ -49,24 +49,28 @@ class RandomState(Callback):
 
 
 def random_state() -> dict[str, Any]:
-    """The states of the global generators, as tensors and plain numbers (which a weights-only load accepts)."""
+    """The states of the global generators as bytes and numbers, fit for a weights-only load and a gather over ranks."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
+        "torch": torch.get_rng_state().numpy().tobytes(),
         "python": random.getstate(),
-        "numpy": [str(name), torch.from_numpy(np.asarray(keys).copy()), int(position), int(has_gauss), float(gauss)],
+        "numpy": [str(name), np.asarray(keys).tobytes(), int(position), int(has_gauss), float(gauss)],
     }
     if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
+        state["cuda"] = torch.cuda.get_rng_state().numpy().tobytes()
     return state
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
     """Undo everything drawn since `random_state` returned ``state``."""
-    torch.set_rng_state(state["torch"].cpu())
+    torch.set_rng_state(_bytes(state["torch"]))
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, has_gauss, numpy_gauss = state["numpy"]
-    np.random.set_state((name, keys.cpu().numpy(), position, has_gauss, numpy_gauss))
+    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, numpy_gauss))
     if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
+        torch.cuda.set_rng_state(_bytes(state["cuda"]))
+
+
+def _bytes(state: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(state), dtype=torch.uint8)
