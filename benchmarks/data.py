@@ -39,8 +39,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder of c4-train.*.json.gz and c4-validation.*.json.gz")
     parser.add_argument("--consumption", type=float, help="tokens/s that the training consumes")
     parser.add_argument("--batches", type=int, default=2500, help="batches of 8 x 256 tokens in the first measurement")
-    options = parser.parse_args() # A fresh interpreter for each: a forked one inherits the peak of its parent. with
-    tempfile.TemporaryDirectory() as cache, multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+    options = parser.parse_args()
+    fresh = multiprocessing.get_context("spawn")  # a forked process inherits the peak of its parent
+    with tempfile.TemporaryDirectory() as cache, fresh.Pool(1, maxtasksperchild=1) as pool:
         pool.apply(measure, (options.folder, Path(cache), 1))  # trains the tokenizer
         for batches in (options.batches, 2 * options.batches):
             rate, peak = pool.apply(measure, (options.folder, Path(cache), batches))
