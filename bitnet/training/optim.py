@@ -5,6 +5,7 @@ biases set a scale or an offset that nothing downstream undoes, and an embedding
 occurs: decay would pull rare tokens to zero.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -27,10 +28,12 @@ def adamw(
     memory instead of a dozen (36 ms against 167 ms for 21M parameters on one AVX2 core).
 
     Raises:
-        InputError: a trainable parameter is in half precision, or nothing is trainable.
+        InputError: a trainable parameter is in half precision, nothing is trainable, or ``lr`` is no positive number.
 
     Source: Decoupled weight decay, arXiv:1711.05101; betas of BitNet b1.58, arXiv:2402.17764.
     """
+    if not isinstance(lr, int | float) or not 0 < lr < math.inf:
+        raise InputError(f"optim.lr must be a positive number, got {lr!r}")
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trainable:
         raise InputError("expected a model with trainable parameters, got none: unfreeze some layers")

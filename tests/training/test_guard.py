@@ -30,23 +30,14 @@ def _spoil_gradient(module):
     module.model.up.weight.register_hook(lambda gradient: gradient * math.inf)
 
 
-def _fit(root, *callbacks, every_n_steps=None, save_every=1, model=None):
-    module = toy_module(model=model)
-    before = {}
+class _WeightsBeforeStep(Callback):
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.weights = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
 
-    class Before(Callback):
-        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-            before.update({name: weight.clone() for name, weight in pl_module.state_dict().items()})
 
-    guard = NonFiniteGuard(every_n_steps)
-    keep = LastAndBest(every_n_steps=save_every)
-    trainer = toy_trainer(root, 12, [*callbacks, Before(), guard, keep], enable_checkpointing=True)
-    try:
-        trainer.fit(module, datamodule=ToyData())
-    finally:
-        module.before = before
-        _fit.module = module
-    return module
+def _fit(root, *callbacks, module=None, every_n_steps=None):
+    callbacks = [*callbacks, NonFiniteGuard(every_n_steps), LastAndBest(every_n_steps=1)]
+    toy_trainer(root, 12, callbacks, enable_checkpointing=True).fit(module or toy_module(), datamodule=ToyData())
 
 
 def _saved_step(root):
@@ -65,11 +56,12 @@ def test_an_infinite_gradient_stops_the_run_with_its_layer(tmp_path):
 
 @pytest.mark.parametrize("spoil", [_spoil_loss, _spoil_gradient])
 def test_the_weights_and_the_last_checkpoint_stay_as_they_were(tmp_path, spoil):
+    module, before = toy_module(), _WeightsBeforeStep()
     with pytest.raises(NonFiniteError):
-        _fit(tmp_path, _Poison(5, spoil))
+        _fit(tmp_path, _Poison(5, spoil), before, module=module)
     assert _saved_step(tmp_path) == 5
-    for name, weight in _fit.module.state_dict().items():
-        assert torch.equal(weight, _fit.module.before[name]), name
+    for name, weight in module.state_dict().items():
+        assert torch.equal(weight, before.weights[name]), name
 
 
 def test_looking_less_often_still_saves_nothing_broken(tmp_path):
@@ -83,7 +75,7 @@ def test_a_nan_weight_is_named_before_the_first_step(tmp_path):
     with torch.no_grad():
         model.down.weight[3, 4] = math.nan
     with pytest.raises(NonFiniteError, match=r"got 1 of 512 NaN or infinite in down.weight"):
-        _fit(tmp_path, model=model)
+        _fit(tmp_path, module=toy_module(model=model))
     assert not (tmp_path / "checkpoints").exists()
 
 
