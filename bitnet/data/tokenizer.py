@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bitnet.data.tokenize import pieces
 from bitnet.errors import InputError
 from bitnet.files import atomic_file
 
@@ -126,7 +127,7 @@ def _trained(documents: Iterable[str], vocab_size: int) -> str:
 def _beginning(documents: Iterable[str]) -> Iterator[str]:
     left = TRAINING_CHARACTERS
     for document in documents:
-        yield document[:left]
+        yield from pieces(document[:left])
         left -= len(document)
         if left <= 0:
             return

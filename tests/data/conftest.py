@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bitnet.data import C4, Text, TokenizerSpec
+from bitnet.data import C4, Text, TokenizerSpec, tokenize
 from bitnet.data.tokenizer import SMALLEST_VOCABULARY
 
 if TYPE_CHECKING:
@@ -30,6 +30,11 @@ def _write_shard(path: Path, documents: list[str]) -> Path:
         for document in documents:
             file.write(json.dumps({"text": document, "timestamp": "2019-04-25T12:57:54Z", "url": "http://x"}) + "\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenize, "GROUP", 5000)  # a full group is fifty epochs of these corpora
 
 
 @pytest.fixture

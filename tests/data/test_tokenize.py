@@ -39,7 +39,7 @@ def test_a_long_document_in_pieces_has_the_same_ids(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(0)
-    text = "".join(rng.choice(["a", "word", " ", "  ", "\n", "'s", "9", "é", "."]) for _ in range(3000))
+    text = "".join(rng.choice(["a", "ternary", "weights", " ", "  ", "\n", "'s", "9", "é", "."]) for _ in range(3000))
     whole = DocumentEncoder(tokenizer).encode([text])[0]
     for piece in (50, 101, 777):
         monkeypatch.setattr(tokenize, "PIECE", piece)
