@@ -68,7 +68,8 @@ def _batch_loss(model: nn.Module, batch: Mapping[str, torch.Tensor], device: tor
     """Return [nll_sum, n_tokens] of one batch, float64, on the model's device (no host synchronisation)."""
     inputs = {name: batch[name].to(device) for name in MODEL_INPUTS if name in batch}
     labels = batch["labels"].to(device)[:, 1:].flatten()
-    logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+    # With its cache on, a model of transformers ignores positions that restart, and documents see each other.
+    logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
     # cross_entropy is a log-softmax and a look-up: finite for every finite logit, whatever its probability.
     nll = functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
     return torch.stack([nll.double().sum(), (labels != IGNORED).sum().double()])
@@ -85,8 +86,8 @@ def evaluate_loss(
     """Return the loss of ``model`` on ``batches``: log-softmax in float32, summed in float64.
 
     Args:
-        model: A causal language model, called as ``model(input_ids=...).logits``. Its gradients and its training mode
-            are as before afterwards.
+        model: A causal language model, called as ``model(input_ids=..., use_cache=False).logits``. Its gradients and
+            its training mode are as before afterwards.
         batches: Dicts of ``input_ids`` and ``labels``, int64 [batch, time], and ``position_ids`` where positions
             restart. ``labels[:, t]`` is predicted from position t - 1 (shifted here); -100 is not predicted.
         device: Where to compute; by default where the model's first parameter lies.

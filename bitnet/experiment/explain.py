@@ -2,29 +2,47 @@
 
 import difflib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from bitnet.errors import InputError
 
-def one_line(error: Exception, config_directory: Path) -> str:
-    """The message of ``error`` as one line; a misspelt key or choice comes with its likeliest meaning."""
+
+def explained(error: Exception, config_directory: Path) -> str | None:
+    """The message of ``error`` as one line, with the likeliest meaning of a misspelt key or choice.
+
+    None for an error that is not Hydra's refusal of a command line or a configuration.
+    """
+    if isinstance(error.__cause__, InputError):  # Hydra tells which constructor refused; the refusal says it better
+        return str(error.__cause__)
     text = str(error)
+    if "Config group override must be a string" in text:
+        return "a group is switched off with GROUP=none (export=none), a value with GROUP.KEY=null"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
     if choice := re.search(r"Could not find '([\w./-]+)'\n\nAvailable options in '([\w/]+)':\n((?:\t.*\n?)+)", text):
         group, name = choice[2], choice[1].removeprefix(f"{choice[2]}/")
         return f"{group}={name} is no choice{_hint(name, [line.strip() for line in choice[3].splitlines()])}"
     if key := re.search(r"Could not override '([\w./@-]+)'", text):
-        return f"there is no key {key[1]!r}{_hint(key[1], _keys(config_directory))}"
+        return f"there is no key {key[1]!r}{_hint(key[1], _near(key[1], _keys(config_directory)))}"
     return " ".join(text.split("\n\n")[0].split())
 
 
 def _hint(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     return f": did you mean {close[0]}?" if close else f": there are {', '.join(known[:12])}; see train.py --help"
+
+
+def _near(word: str, keys: list[str]) -> list[str]:
+    """The keys beside ``word`` in its node, where that node exists; else all."""
+    parent = word.rpartition(".")[0]
+    return [key for key in keys if key.rpartition(".")[0] == parent] or keys
 
 
 def _keys(config_directory: Path) -> list[str]:
@@ -37,15 +55,11 @@ def _keys(config_directory: Path) -> list[str]:
         return []  # the configuration itself is broken: the message of the first error says how
 
 
-def _dotted(cfg: DictConfig, prefix: str):
+def _dotted(cfg: DictConfig, prefix: str) -> Iterator[str]:
     for key in cfg:
-        yield f"{prefix}{key}"
-        node = None if cfg._get_node(key)._is_interpolation() else cfg.get(key) if not _missing(cfg, key) else None
-        if isinstance(node, DictConfig):
-            yield from _dotted(node, f"{prefix}{key}.")
-
-
-def _missing(cfg: DictConfig, key) -> bool:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.is_missing(cfg, key)
+        if not str(key).startswith("_"):
+            yield f"{prefix}{key}"
+        if not OmegaConf.is_missing(cfg, key) and not OmegaConf.is_interpolation(cfg, key):
+            node = cfg[key]
+            if isinstance(node, DictConfig):
+                yield from _dotted(node, f"{prefix}{key}.")

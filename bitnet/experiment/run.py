@@ -22,15 +22,15 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from bitnet.data.datamodule import TextDataModule
-from bitnet.data.tokenizer import check_vocabulary, fingerprint
+from bitnet.data.tokenizer import check_vocabulary
 from bitnet.evaluation import LossSummary, evaluate_loss, footprint
 from bitnet.experiment.estimate import print_estimate
-from bitnet.experiment.settings import check, claim_directory, command, plain, resumed, twin_of
+from bitnet.experiment.settings import check, claim_directory, command, discard_if_unused, plain, resumed, twin_of
 from bitnet.nn import bit_linears, freeze
 from bitnet.report import RunRecord, close_loggers, git_state, machine, make_loggers, results_markdown, results_table
 from bitnet.report import training_curves as draw_curves
 from bitnet.report.record import versions
-from bitnet.training import AtomicCheckpointIO, LanguageModelingModule, LastAndBest, RandomState
+from bitnet.training import AtomicCheckpointIO, LanguageModelingModule
 
 RECORD = "run.json"
 LATENT_RECORD = "latent.json"
@@ -66,11 +66,11 @@ def run(cfg: DictConfig) -> list[RunRecord]:
         return []
     directory = Path(cfg.resume) if cfg.resume is not None else claim_directory(cfg)
     console.print(f"[bold]{cfg.method}[/bold] in {directory}")
-    records: list[RunRecord] = []
-    if cfg.twin:
-        console.print("The dense twin first.")
-        records += _run_arm(twin_of(cfg), directory / "dense", console)
-    records += _run_arm(cfg, directory, console)
+    try:
+        records = _run_arms(cfg, directory, console)
+    except Exception:
+        discard_if_unused(directory)
+        raise
     if cfg.fit:
         arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
         draw_curves({name: _metrics(arm) for name, arm in arms.items()}, directory / "curves.png")
@@ -79,7 +79,16 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     return records
 
 
-def _run_arm(cfg: DictConfig, directory: Path, console: Console) -> list[RunRecord]:
+def _run_arms(cfg: DictConfig, directory: Path, console: Console) -> list[RunRecord]:
+    if not cfg.twin:
+        return _run_arm(cfg, directory)
+    console.print("The dense twin first.")
+    records = _run_arm(twin_of(cfg), directory / "dense")
+    console.print(f"Now {cfg.method}.")
+    return records + _run_arm(cfg, directory)
+
+
+def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     """One model from its first step to its record; one that has its record already is read back."""
     if (directory / RECORD).exists():
         found = [directory / name for name in (LATENT_RECORD, RECORD) if (directory / name).exists()]
@@ -118,7 +127,7 @@ def _run_arm(cfg: DictConfig, directory: Path, console: Console) -> list[RunReco
         )
 
     loss = _evaluate(model, data)
-    if cfg.export is not None:
+    if cfg.export:
         instantiate(cfg.export).write(model, data.tokenizer, directory / "hf")
     if not bit_linears(model):
         records = [record(cfg.method, loss)]
@@ -156,10 +165,9 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
         model, instantiate(cfg.optim), instantiate(cfg.schedule), total_steps=cfg.trainer.max_steps, compile=cfg.compile
     )
     module.bytes_per_token = data.bytes_per_token
-    module.tokenizer_fingerprint = fingerprint(data.tokenizer)
+    module.tokenizer_fingerprint = data.tokenizer_hash
     loggers = make_loggers(_instantiate_all(cfg.logger), directory)
-    checkpoints = LastAndBest(directory / "checkpoints")
-    callbacks: list[Callback] = [RandomState(), *_instantiate_all(cfg.callbacks).values(), checkpoints]
+    callbacks: list[Callback] = list(_instantiate_all(cfg.callbacks).values())
     trainer: Trainer = instantiate(
         cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[AtomicCheckpointIO()], default_root_dir=directory
     )
@@ -194,4 +202,7 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches take less than 1 % of a step
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")  # the data knows
+    warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # lightning 2.6 on torch 2.13

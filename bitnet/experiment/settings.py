@@ -6,6 +6,9 @@ combinations. Here every key beside a ``_target_`` must be a parameter of what i
 
 import difflib
 import inspect
+import math
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -54,9 +57,11 @@ def check(cfg: DictConfig) -> None:
     _known("", set(map(str, cfg)), GROUPS | VALUES)
     if missing := sorted(OmegaConf.missing_keys(cfg)):
         raise InputError(f"{missing[0]} has no default: give {missing[0]}=...")
+    if cfg.model.path is None and not cfg.size:
+        raise InputError(f"model={cfg.method} reads a pretrained model: give model.path=DIR")
     for path, node in _constructor_calls(cfg, ""):
         _check_keys(path, node)
-    if cfg.model.get("layer") is None and (cfg.quantizer is not None or cfg.activation is not None):
+    if cfg.model.get("layer") is None and (cfg.quantizer or cfg.activation):
         raise InputError(
             f"model={cfg.method} quantizes nothing: leave out quantizer= and activation=, or choose a model"
         )
@@ -68,8 +73,8 @@ def check(cfg: DictConfig) -> None:
         raise InputError("twin=dense trains a twin: it does not go with fit=false")
     if not cfg.fit and cfg.model.path is None:
         raise InputError("fit=false evaluates a trained model: give model.path=DIR")
-    longest = None if cfg.size is None else cfg.size.max_position_embeddings
-    if longest is not None and cfg.model.path is None and cfg.data.block_size > longest:
+    longest = cfg.size.get("max_position_embeddings", math.inf)
+    if cfg.model.path is None and cfg.data.block_size > longest:
         raise InputError(f"data.block_size={cfg.data.block_size} exceeds size.max_position_embeddings={longest}")
     if cfg.fit and not (isinstance(cfg.trainer.max_steps, int) and cfg.trainer.max_steps > 0):
         raise InputError(f"trainer.max_steps must be a positive number of steps, got {cfg.trainer.max_steps}")
@@ -81,8 +86,7 @@ def twin_of(cfg: DictConfig) -> DictConfig:
     OmegaConf.update(twin, "method", "dense")
     OmegaConf.update(twin, "twin", None)
     OmegaConf.update(twin, "model.layer", None)
-    OmegaConf.update(twin, "quantizer", None)
-    OmegaConf.update(twin, "activation", None)
+    twin.quantizer, twin.activation = {}, {}
     if cfg.twin_lr is not None:
         OmegaConf.update(twin, "optim.lr", cfg.twin_lr)
     return twin
@@ -107,6 +111,12 @@ def claim_directory(cfg: DictConfig) -> Path:
     OmegaConf.update(settings, "output_dir", str(directory))
     OmegaConf.save(settings, directory / SETTINGS)
     return directory
+
+
+def discard_if_unused(directory: Path) -> None:
+    """Remove a claimed folder that holds its settings and no other file: the run was refused before it began."""
+    if [path.name for path in directory.rglob("*") if path.is_file()] == [SETTINGS]:
+        shutil.rmtree(directory)
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
@@ -191,6 +201,4 @@ def hint(word: str, known: Any, prefix: str = "") -> str:
 
 def command() -> str:
     """The command line of this process, as it was typed."""
-    import shlex
-
     return shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else shlex.join(sys.argv)

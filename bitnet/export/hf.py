@@ -212,26 +212,21 @@ def _read_back(folder: Path, written: "PreTrainedModel", kind: str) -> None:
 def _transformers_at_hand() -> Iterator[None]:
     """Let transformers load and run BitNet layers in this process, and without its bars; all as before afterwards.
 
-    It compiles those layers when they first run, which takes a C++ compiler, and refuses to load them without
-    accelerate, which it does not use for a model on one device.
+    It compiles those layers when they first run, which takes a C++ compiler.
     """
-    from transformers.quantizers import quantizer_bitnet
     from transformers.utils import logging
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses what torch has deprecated
         import_module("transformers.integrations.bitnet")
 
-    has_accelerate, verbosity = quantizer_bitnet.is_accelerate_available, logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled()
-    quantizer_bitnet.is_accelerate_available = lambda: True
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        quantizer_bitnet.is_accelerate_available = has_accelerate
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()

@@ -27,12 +27,12 @@ def from_directory(path: str | Path) -> PreTrainedModel:
         raise InputError(f"model.path must be a Hugging Face directory with a config.json, got {path}")
     _refuse_quantized(path, json.loads(config_file.read_text()).get("quantization_config"))
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
+        model, report = loaded
     except (OSError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not load as a causal language model: {str(error).splitlines()[0]}") from error
     _refuse_incomplete(path, report)

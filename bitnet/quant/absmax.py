@@ -43,8 +43,7 @@ def check_bits(bits: int) -> int:
 
 
 def _to_maximum(x: Tensor, granularity: Granularity, eps: float, steps: int, low: int, high: int) -> QTensor:
-    maximum = torch.linalg.vector_norm(grouped(x.detach(), granularity), torch.inf, dim=-1, dtype=torch.float32)
-    maximum = maximum.clamp(min=eps)
+    maximum = grouped(x.detach(), granularity).abs().amax(-1).float().clamp(min=eps)
     scale = maximum / torch.full_like(maximum, steps)  # by a tensor: by a number CUDA would multiply by its reciprocal
     size = group_size_of(granularity)
     return QTensor(round_to_codes(x.detach(), scale, size, low, high), scale, levels=high - low + 1, group_size=size)

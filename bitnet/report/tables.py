@@ -2,20 +2,17 @@
 
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from bitnet.errors import InputError
 from bitnet.report.record import RunRecord
 
 DENSE = "dense"  # RunRecord.method of a full-precision twin
-HEADINGS = (
-    "method",
-    "validation loss",
-    "gap to dense",
-    "perplexity",
-    "bits per byte",
-    "bits per weight",
-    "MB",
+HEADINGS = ("method", "loss", "gap", "perplexity", "bits/byte", "bits/weight", "MB")
+LEGEND = (
+    "loss: nats a token of the validation text; gap: to the dense twin; bits/weight: of the linear layers, every "
+    "stored bit counted; MB: the whole model, embeddings included."
 )
 UNKNOWN = "—"
 
@@ -30,7 +27,9 @@ def results_table(records: Sequence[RunRecord], *, title: str | None = None) -> 
         InputError: There is no record.
     """
     rows = _rows(records)
-    table = Table(title=title, title_justify="left")
+    table = Table(
+        title=title, title_justify="left", caption=LEGEND, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
     for index, heading in enumerate(HEADINGS):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for row in rows:
@@ -41,7 +40,7 @@ def results_table(records: Sequence[RunRecord], *, title: str | None = None) -> 
 def results_markdown(records: Sequence[RunRecord]) -> str:
     """Return the rows of `results_table` as a Markdown table."""
     rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *_rows(records)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{LEGEND}\n"
 
 
 def _rows(records: Sequence[RunRecord]) -> list[list[str]]:

@@ -34,6 +34,7 @@ class TrainingProgress(ProgressBar):
         self._bar: Progress | None = None
         self.is_enabled = True
         self._perplexity: float | None = None
+        self._paused = False
 
     def disable(self) -> None:
         self.is_enabled = False  # on all ranks but the first
@@ -59,6 +60,10 @@ class TrainingProgress(ProgressBar):
             self._task = self._bar.add_task("", total=total, completed=self._first_step, figures="")
             self._bar.start()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._paused:  # validation, samples and saving are not training: count tokens a second from here on
+            self._mark, self._paused = (time.perf_counter(), pl_module.tokens), False
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -78,6 +83,7 @@ class TrainingProgress(ProgressBar):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or "val/loss" not in trainer.callback_metrics:
             return
+        self._paused = True
         loss = float(trainer.callback_metrics["val/loss"])
         self._perplexity = float(trainer.callback_metrics["val/perplexity"])
         self.print(f"step {trainer.global_step}  validation: loss {loss:.4f}, perplexity {self._perplexity:.2f}")
@@ -97,12 +103,13 @@ class TrainingProgress(ProgressBar):
         assert isinstance(pl_module, LanguageModelingModule)
         loss = float("nan") if pl_module.step_loss is None else float(pl_module.step_loss)
         now = time.perf_counter()
-        (then, tokens), self._mark = self._mark, (now, pl_module.tokens)
+        trained: int = pl_module.tokens
+        (then, tokens), self._mark = self._mark, (now, trained)
         seconds_per_step = (now - self._began) / (self._step - self._first_step)  # validation and saving included
         parts = [
             f"loss {loss:.4f}",
             f"lr {pl_module.learning_rate:.2e}",
-            f"{(pl_module.tokens - tokens) / (now - then):,.0f} tokens/s",
+            f"{(trained - tokens) / (now - then):,.0f} tokens/s",
             f"{_duration(seconds_per_step * (trainer.max_steps - self._step))} left",
         ]
         if self._perplexity is not None:

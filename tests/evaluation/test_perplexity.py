@@ -18,7 +18,8 @@ class Bigrams(nn.Module):
         nn.init.normal_(self.table.weight, std=scale)
         self.dropout = nn.Dropout(0.5)
 
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> SimpleNamespace:
+    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None, use_cache: bool = True):
+        assert not use_cache  # transformers ignores positions that restart when its cache is on
         logits = self.dropout(self.table(input_ids))
         if position_ids is not None:
             logits = logits * (1 + position_ids[..., None])
