@@ -54,10 +54,7 @@ class CachedBatches(IterableDataset[Batch]):
         self._tokens, self._shape, self._seed = tokens, shape, seed
         self._samples, self._rank, self._world_size = samples, rank, world_size
         self._blocks = len(tokens.ids) // shape.block_size
-        self._order: tuple[int, Any] = (
-            -1,
-            None,
-        )  # of one epoch: a permutation of all its blocks is kept, not each use's
+        self._order: tuple[int, Any] = (-1, None)  # an epoch, and the permutation of its blocks
 
     def __iter__(self) -> Iterator[Batch]:
         worker, workers = _worker()

@@ -155,20 +155,24 @@ class TextDataModule(LightningDataModule):
         return EndlessLoader(batches, self._num_workers)
 
     def val_dataloader(self) -> EvaluationBatches:
-        """The validation blocks in order, at most ``validation_blocks`` of them."""
-        return self._evaluation_batches("validation")
+        """This rank's share of the validation blocks, in order, at most ``validation_blocks`` of them in all."""
+        return self._evaluation_batches("validation", self._rank, self._world_size)
 
     def test_dataloader(self) -> EvaluationBatches:
-        """The test blocks in order, at most ``validation_blocks`` of them."""
-        return self._evaluation_batches("test")
+        """This rank's share of the test blocks, in order, at most ``validation_blocks`` of them in all."""
+        return self._evaluation_batches("test", self._rank, self._world_size)
 
-    def _evaluation_batches(self, split: Split) -> EvaluationBatches:
+    def whole(self, split: Split) -> EvaluationBatches:
+        """The blocks of the validation or test split that all ranks share, for one process to evaluate alone."""
+        return self._evaluation_batches(split, 0, 1)
+
+    def _evaluation_batches(self, split: Split, rank: int, world_size: int) -> EvaluationBatches:
         return EvaluationBatches(
             self.corpus.evaluation_tokens(split),
             self._shape,
             blocks=self._validation_blocks,
-            rank=self._rank,
-            world_size=self._world_size,
+            rank=rank,
+            world_size=world_size,
         )
 
     @property

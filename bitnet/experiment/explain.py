@@ -56,8 +56,8 @@ def _keys(config_directory: Path) -> list[str]:
 
 
 def _dotted(cfg: DictConfig, prefix: str) -> Iterator[str]:
-    for key in cfg:
-        if not str(key).startswith("_"):
+    for key in map(str, cfg):
+        if not key.startswith("_"):
             yield f"{prefix}{key}"
         if not OmegaConf.is_missing(cfg, key) and not OmegaConf.is_interpolation(cfg, key):
             node = cfg[key]

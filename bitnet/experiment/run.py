@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
@@ -71,6 +72,8 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     except Exception:
         discard_if_unused(directory)
         raise
+    if not _first_process():
+        return []
     if cfg.fit:
         arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
         draw_curves({name: _metrics(arm) for name, arm in arms.items()}, directory / "curves.png")
@@ -98,6 +101,8 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     data = _build_data(cfg)
     model = _build_model(cfg, data)
     fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
+    if not _first_process():
+        return []  # what follows is one process's work
     model = model.cpu() if not torch.cuda.is_available() else model.cuda()
 
     def record(method: str, loss: LossSummary) -> RunRecord:
@@ -175,17 +180,15 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
     began = time.perf_counter()
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     close_loggers(loggers)
-    if not trainer.is_global_zero:
-        raise SystemExit(0)  # the other ranks have done their part: evaluation and export are one process's work
     return Fit(trainer.global_step, module.tokens, module.tokens / (time.perf_counter() - began))
 
 
 def _instantiate_all(nodes: DictConfig | None) -> Mapping[str, Any]:
-    return {name: instantiate(node) for name, node in (nodes or {}).items() if node is not None}
+    return {str(name): instantiate(node) for name, node in (nodes or {}).items() if node is not None}
 
 
 def _evaluate(model: nn.Module, data: TextDataModule) -> LossSummary:
-    return evaluate_loss(model, data.val_dataloader(), bytes_per_token=data.bytes_per_token)
+    return evaluate_loss(model, data.whole("validation"), bytes_per_token=data.bytes_per_token)
 
 
 def _shape(model: Any) -> str:
@@ -195,6 +198,10 @@ def _shape(model: Any) -> str:
 
 def _metrics(directory: Path) -> Path:
     return sorted((directory / "csv").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)[-1]
+
+
+def _first_process() -> bool:
+    return rank_zero_only.rank == 0
 
 
 def _quiet() -> None:

@@ -7,6 +7,7 @@ combinations. Here every key beside a ``_target_`` must be a parameter of what i
 import difflib
 import inspect
 import math
+import os
 import shlex
 import shutil
 import sys
@@ -18,10 +19,12 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from hydra.utils import get_object
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bitnet.errors import InputError
 
+CLAIMED = "BITNET_RUN_FOLDER"  # environment variable that tells it to the processes that a run starts
 SETTINGS = "config.yaml"  # in a run's folder: what the run was started with
 GROUPS = {
     "size",
@@ -95,22 +98,32 @@ def twin_of(cfg: DictConfig) -> DictConfig:
 def claim_directory(cfg: DictConfig) -> Path:
     """Make the run's folder, with the settings in it; a folder is claimed by one run only.
 
+    Of a run's several processes the first one makes the folder. Those that it starts learn the name from it; those
+    that a launcher such as torchrun starts have to be given one.
+
     Raises:
-        InputError: ``output_dir`` exists already.
+        InputError: ``output_dir`` exists already, or is missing where a launcher starts the processes.
     """
+    if rank_zero_only.rank != 0:
+        if (name := os.environ.get(CLAIMED, cfg.output_dir)) is None:
+            raise InputError("several processes of one run need output_dir=... to agree on its folder")
+        return Path(name)
+    directory = _claimed(cfg)
+    os.environ[CLAIMED] = str(directory)
+    settings = cfg.copy()
+    OmegaConf.update(settings, "output_dir", str(directory))
+    OmegaConf.save(settings, directory / SETTINGS)
+    return directory
+
+
+def _claimed(cfg: DictConfig) -> Path:
     if cfg.output_dir is not None:
         directory = Path(cfg.output_dir)
         if directory.exists():
             raise InputError(f"{directory} exists already: choose a new output_dir, or go on with resume={directory}")
         directory.mkdir(parents=True)
-    else:
-        directory = _new_directory(
-            _sweep_directory() or Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{cfg.method}"
-        )
-    settings = cfg.copy()
-    OmegaConf.update(settings, "output_dir", str(directory))
-    OmegaConf.save(settings, directory / SETTINGS)
-    return directory
+        return directory
+    return _new_directory(_sweep_directory() or Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{cfg.method}")
 
 
 def discard_if_unused(directory: Path) -> None:

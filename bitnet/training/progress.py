@@ -49,7 +49,7 @@ class TrainingProgress(ProgressBar):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, LanguageModelingModule)
         self._step = self._first_step = trainer.global_step
-        self._mark = (time.perf_counter(), pl_module.tokens)
+        self._mark: tuple[float, int] = (time.perf_counter(), pl_module.tokens)
         self._began = time.perf_counter()
         if self.is_enabled and self._console.is_terminal:
             self._bar = Progress(
@@ -62,6 +62,7 @@ class TrainingProgress(ProgressBar):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._paused:  # validation, samples and saving are not training: count tokens a second from here on
+            assert isinstance(pl_module, LanguageModelingModule)
             self._mark, self._paused = (time.perf_counter(), pl_module.tokens), False
 
     def on_train_batch_end(
@@ -104,7 +105,8 @@ class TrainingProgress(ProgressBar):
         loss = float("nan") if pl_module.step_loss is None else float(pl_module.step_loss)
         now = time.perf_counter()
         trained: int = pl_module.tokens
-        (then, tokens), self._mark = self._mark, (now, trained)
+        then, tokens = self._mark
+        self._mark = now, trained
         seconds_per_step = (now - self._began) / (self._step - self._first_step)  # validation and saving included
         parts = [
             f"loss {loss:.4f}",

@@ -1,0 +1,70 @@
+"""The command line from outside: its help page, its refusals, and what importing it costs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "conf"
+
+
+def train(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "train.py"), *arguments]
+    environment = {**os.environ, "BITNET_CACHE": str(cwd / "cache"), "COLUMNS": "100"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def test_the_help_page_names_every_choice_of_every_group(tmp_path):
+    page = train("--help", cwd=tmp_path).stdout
+    groups = [folder for folder in CONFIG.iterdir() if folder.is_dir() and folder.name not in ("hydra", "experiment")]
+    for group in groups:
+        line = re.search(rf"^ +{group.name} +(.*)$", page, re.MULTILINE)
+        assert line, group.name
+        for file in group.glob("[!_]*.yaml"):
+            if not (file.stem == "none" and group.name in ("size", "quantizer", "activation")):  # set by model= alone
+                assert re.search(rf"\b{re.escape(file.stem)}\b", line[1]), f"{group.name}={file.stem}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import bitnet",
+        "import sys; sys.argv = ['train.py', '--help']; import runpy; runpy.run_path('train.py', run_name='__main__')",
+    ],
+)
+def test_importing_the_package_or_asking_for_help_loads_nothing_heavy(code):
+    probe = f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\n"
+    probe += (
+        "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'wandb'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stderr.strip() == "[]"
+
+
+def test_using_a_layer_loads_torch_and_nothing_of_the_training_stack():
+    probe = "import sys, bitnet; bitnet.BitLinear158(4, 2)\n"
+    probe += "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'wandb'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "['torch']"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("optim.lerning_rate=1", "error: there is no key 'optim.lerning_rate': there are optim.lr"),
+        ("+model.extra=3", "error: unknown key model.extra"),
+        ("data.path=/nowhere", "error: data.path"),
+        ("output_dir=.", "error: . exists already"),
+    ],
+)
+def test_a_refusal_is_one_line_and_status_1(tmp_path, argument, message):
+    done = train("data=c4", argument, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.startswith(message)
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())

@@ -1,0 +1,147 @@
+"""One command gives one folder with everything in it, and going on after a stop changes no bit of it."""
+
+import json
+
+import pytest
+import torch
+from lightning import Callback
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bitnet.errors import InputError
+from bitnet.experiment import run as experiment
+from bitnet.experiment.run import run
+from bitnet.models import from_directory
+from bitnet.report import RunRecord
+
+
+def test_a_run_leaves_its_record_checkpoint_curves_and_hugging_face_folder(tiny, tmp_path):
+    latent, frozen = run(tiny())
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"run.json", "latent.json", "results.md", "curves.png", "config.yaml", "checkpoints", "csv", "hf"} <= found
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
+    assert RunRecord.read(tmp_path / "run" / "run.json") == frozen
+    assert (latent.method, frozen.method) == ("bitnet158 latent", "bitnet158 frozen")
+    assert (frozen.steps, frozen.train_tokens, frozen.seed) == (6, 6 * 2 * 32, 0)
+    assert frozen.data["corpus_hash"]
+
+
+def test_the_frozen_model_has_the_loss_of_the_trained_one_to_the_last_bit(tiny):
+    latent, frozen = run(tiny("export=none"))
+    assert frozen.nll == latent.nll
+    assert latent.bits_per_weight == 32
+    assert 1.6 < frozen.bits_per_weight < 2.2  # tiny layers: the last byte of a row and the scale weigh more
+    assert frozen.bytes < latent.bytes
+
+
+def test_transformers_loads_the_exported_folder_alone(tiny, tmp_path):
+    run(tiny())
+    folder = tmp_path / "run" / "hf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("Document 7 says", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0], skip_special_tokens=True) == "Document 7 says"
+    assert json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "bitnet"
+    with torch.compiler.set_stance("force_eager"):
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_an_exported_folder_is_evaluated_to_the_loss_it_had(tiny, tmp_path):
+    _, frozen = run(tiny())
+    hf, again = tmp_path / "run" / "hf", tmp_path / "again"
+    _, evaluated = run(
+        tiny("fit=false", f"model.path={hf}", f"data.tokenizer.path={hf}", f"output_dir={again}", "export=none")
+    )
+    assert evaluated.nll == frozen.nll
+    assert evaluated.steps == 0
+
+
+@pytest.mark.parametrize("choice", ["model=bitnet1", "model=dense", "model.body=llama model.hidden_act=silu"])
+def test_every_model_trains_and_is_exported(tiny, tmp_path, choice):
+    records = run(tiny(*choice.split()))
+    assert len(records) == (1 if choice == "model=dense" else 2)
+    assert from_directory(tmp_path / "run" / "hf").config.hidden_size == 32
+
+
+@pytest.mark.parametrize("granularity", ["row", "16"])
+def test_every_granularity_trains_freezes_exactly_and_is_exported(tiny, granularity):
+    latent, frozen = run(tiny(f"quantizer.granularity={granularity}"))
+    assert frozen.nll == latent.nll
+
+
+def test_a_twin_is_trained_on_the_same_tokens_and_gives_the_gap(tiny, tmp_path, capsys):
+    dense, _, frozen = run(tiny("twin=dense", "twin_lr=1e-3"))
+    assert (dense.method, dense.bits_per_weight) == ("dense", 32)
+    assert dense.data == frozen.data
+    assert dense.train_tokens == frozen.train_tokens
+    assert dense.config["optim"]["lr"] == 1e-3
+    assert f"{frozen.nll - dense.nll:+.4f}" in (tmp_path / "run" / "results.md").read_text()
+    assert f"{frozen.nll - dense.nll:+.4f}" in capsys.readouterr().out
+
+
+class _StopAfter(Callback):
+    """Ends the process's training as Ctrl-C does, after an optimizer step in the middle of an epoch."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        if trainer.global_step == self.steps:
+            trainer.save_checkpoint(trainer.default_root_dir / "checkpoints" / "last.ckpt")
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("twin", ["null", "dense"])
+def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, tmp_path, monkeypatch, twin):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    records = run(tiny(f"twin={twin}", f"output_dir={straight}"))
+    original = experiment._instantiate_all
+
+    def stopping(nodes):
+        made = dict(original(nodes))
+        return {**made, "stop": _StopAfter(3)} if "guard" in made else made
+
+    monkeypatch.setattr(experiment, "_instantiate_all", stopping)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(tiny(f"twin={twin}", f"output_dir={stopped}"))
+    monkeypatch.setattr(experiment, "_instantiate_all", original)
+    resumed = run(tiny(f"resume={stopped}"))
+    assert [record.nll for record in resumed] == [record.nll for record in records]
+    expected, got = (load_file(folder / "hf" / "model.safetensors") for folder in (straight, stopped))
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+
+
+def test_a_finished_run_resumes_to_its_record(tiny, tmp_path):
+    records = run(tiny())
+    assert run(tiny(f"resume={tmp_path / 'run'}")) == records
+
+
+def test_a_folder_that_exists_is_refused_and_left_alone(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists already: choose a new output_dir"):
+        run(tiny())
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_a_run_that_is_refused_before_it_begins_leaves_no_folder(tiny, tmp_path):
+    with pytest.raises(InputError):
+        run(tiny("optim.lr=-1"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_counts_parameters_and_writes_nothing(tiny, tmp_path, capsys):
+    assert run(tiny("dry_run=true", "model.vocab_size=300")) == []
+    out = capsys.readouterr().out
+    quantized = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert f"{quantized:,} quantized" in " ".join(out.replace("│", " ").split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_name(tiny, tmp_path):
+    run(tiny())
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-1000])
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(InputError, match=r"last\.ckpt"):
+        run(tiny(f"resume={tmp_path / 'run'}"))

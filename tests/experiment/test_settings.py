@@ -1,0 +1,78 @@
+"""What cannot be run is refused before any work, with the key and what to do."""
+
+from pathlib import Path
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from bitnet.errors import InputError
+from bitnet.experiment.explain import explained
+from bitnet.experiment.settings import check
+
+CONFIG = Path(__file__).parents[2] / "conf"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+model.extra=3"], "unknown key model.extra"),
+        (["+optim.betass=[0,1]"], r"unknown key optim.betass: did you mean optim.betas\?"),
+        (["+sed=1"], r"unknown key sed: did you mean seed\?"),
+        (["model=dense", "quantizer=sign"], "model=dense quantizes nothing"),
+        (["model=hf"], "model=hf reads a pretrained model: give model.path=DIR"),
+        (["model=dense", "twin=dense"], "which is dense itself"),
+        (["twin=bf16"], "twin must be null or dense, got 'bf16'"),
+        (["fit=false"], "fit=false evaluates a trained model: give model.path=DIR"),
+        (["fit=false", "model.path=x", "twin=dense"], "does not go with fit=false"),
+        (["data.block_size=4096"], "data.block_size=4096 exceeds size.max_position_embeddings=512"),
+        (["trainer.max_steps=0"], "trainer.max_steps must be a positive number of steps, got 0"),
+        (["trainer.max_steps=1.5"], "trainer.max_steps must be a positive number of steps, got 1.5"),
+        (["data.path=???"], "data.path has no default: give data.path="),
+    ],
+)
+def test_impossible_settings_are_refused(tiny, overrides, message):
+    with pytest.raises(InputError, match=message):
+        check(tiny(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["modle=x"], "there is no key 'modle': did you mean model?"),
+        (["data.pth=x"], "there is no key 'data.pth': did you mean data.path?"),
+        (["optim.learning_rate=1"], "there are optim.lr, optim.weight_decay, optim.betas, optim.eps"),
+        (["model=bitnet15"], "model=bitnet15 is no choice: did you mean bitnet158?"),
+        (["data=imagenet"], "data=imagenet is no choice: there are "),
+        (["export=null"], "a group is switched off with GROUP=none"),
+    ],
+)
+def test_a_misspelt_setting_is_told_in_one_line_with_what_was_meant(tiny, overrides, message):
+    with pytest.raises((HydraException, OmegaConfBaseException, ValueError)) as caught:
+        tiny(*overrides)
+    GlobalHydra.instance().clear()
+    told = explained(caught.value, CONFIG)
+    assert message in told
+    assert "\n" not in told
+
+
+def _choices():
+    groups = [folder for folder in CONFIG.iterdir() if folder.is_dir() and folder.name not in ("hydra", "experiment")]
+    return [f"{group.name}={file.stem}" for group in groups for file in group.glob("[!_]*.yaml")]
+
+
+@pytest.mark.parametrize("choice", sorted(_choices()))
+def test_every_choice_of_every_group_names_constructors_and_their_parameters(tiny, choice):
+    beside = {"model=hf": ["model.path=x"], "size=none": ["model.path=x"], "quantizer=none": ["model=dense"]}
+    beside["activation=none"] = ["model=dense"]
+    check(tiny(choice, *beside.get(choice, [])))
+
+
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONFIG / "experiment").glob("*.yaml")))
+def test_every_experiment_composes(tiny, name):
+    check(tiny(f"+experiment={name}"))
+
+
+def test_yaml_files_stay_under_fifty_lines():
+    assert {str(file): n for file in CONFIG.rglob("*.yaml") if (n := len(file.read_text().splitlines())) >= 50} == {}
