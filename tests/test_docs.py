@@ -1,4 +1,4 @@
-"""The documentation does what it says: every command composes and is dry-run, every Python block runs, every link is there."""
+"""The documentation does what it says: commands compose and are dry-run, Python blocks run, links lead somewhere."""
 
 import re
 import shlex
@@ -17,7 +17,7 @@ def _commands() -> list[str]:
     text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
     found = re.findall(r"(?:^|`)python train\.py(.*?)(?:  +#.*)?(?:`|$)", text, re.MULTILINE)
     help_page = (ROOT / "conf" / "hydra" / "bitnet.yaml").read_text(encoding="utf-8")
-    found += re.findall(r"^ +python train\.py(.*?)(?:   .*)?$", help_page, re.MULTILINE)
+    found += re.findall(r"^ +python train\.py(.*?)(?:  .*)?$", help_page, re.MULTILINE)
     return sorted({command.strip() for command in found} - {"--help", ""})
 
 
@@ -26,7 +26,9 @@ def _variants(overrides: list[str]) -> list[list[str]]:
     if "-m" not in overrides:
         return [overrides]
     rest = [each for each in overrides if each != "-m"]
-    return [[re.sub(r"=(.*),.*$" if end else r"=([^,]*),.*$", pick, each) for each in rest] for end, pick in ((0, r"=\1"),)]
+    return [
+        [re.sub(r"=(.*),.*$" if end else r"=([^,]*),.*$", pick, each) for each in rest] for end, pick in ((0, r"=\1"),)
+    ]
 
 
 @pytest.mark.parametrize("command", _commands())
@@ -38,7 +40,7 @@ def test_every_command_of_the_documentation_composes_and_is_dry_run(command, mon
         with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
             cfg = compose("config", [*overrides, "dry_run=true"])
         if cfg.model.path is not None:
-            monkeypatch.setattr("bitnet.models.causal_lm.from_directory", _any_model)
+            monkeypatch.setattr("bitnet.models.build.from_directory", _any_model)
         assert run(cfg) == []
         assert "parameters" in capsys.readouterr().out
 

@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> list[RunRecord]:
         return []
     if cfg.fit:
         arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
-        draw_curves({name: _metrics(arm) for name, arm in arms.items()}, directory / "curves.png")
+        draw_curves({name: arm / "csv" for name, arm in arms.items()}, directory / "curves.png")
     (directory / "results.md").write_text(results_markdown(records), encoding="utf-8")
     console.print(results_table(records, title=f"Results ({directory})"))
     return records
@@ -194,10 +194,6 @@ def _evaluate(model: nn.Module, data: TextDataModule) -> LossSummary:
 def _shape(model: Any) -> str:
     config = model.config
     return f"{config.hidden_size}x{config.num_hidden_layers}"
-
-
-def _metrics(directory: Path) -> Path:
-    return sorted((directory / "csv").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)[-1]
 
 
 def _first_process() -> bool:

@@ -56,10 +56,8 @@ INSTANTIATE_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", 
 
 
 def check(cfg: DictConfig) -> None:
-    """Raise InputError for a missing value, an unknown key, or settings that contradict each other."""
+    """Raise InputError for an unknown key or settings that contradict each other."""
     _known("", set(map(str, cfg)), GROUPS | VALUES)
-    if missing := sorted(OmegaConf.missing_keys(cfg)):
-        raise InputError(f"{missing[0]} has no default: give {missing[0]}=...")
     if cfg.model.path is None and not cfg.size:
         raise InputError(f"model={cfg.method} reads a pretrained model: give model.path=DIR")
     for path, node in _constructor_calls(cfg, ""):

@@ -66,6 +66,6 @@ def _verify(path: Path) -> None:
         damaged = str(error)  # the last three: a flipped bit in a header that claims encryption or another method
     if damaged is not None:
         raise InputError(
-            f"{path} is truncated or damaged ({damaged}): resume from the other checkpoint beside it (last.ckpt or "
-            "best.ckpt), or from a copy"
+            f"{path} is truncated or damaged ({damaged}): put the other checkpoint beside it (last.ckpt or "
+            "best.ckpt), or a copy, in its place and resume"
         )

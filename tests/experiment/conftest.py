@@ -41,7 +41,9 @@ def tiny(tmp_path: Path, corpus: Path) -> Callable[..., DictConfig]:
 
     def configure(*overrides: str) -> DictConfig:
         given = {each.split("=")[0] for each in overrides}
-        standard = [*TINY, f"data.path={corpus}", f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
+        shaped = not {"size=none", "model=hf"} & set(overrides)  # without a size there are no values of one to set
+        own = [each for each in TINY if shaped or not each.startswith("size.")]
+        standard = [*own, f"data.path={corpus}", f"cache_dir={tmp_path / 'cache'}", f"output_dir={tmp_path / 'run'}"]
         with initialize_config_dir(str(CONFIG), version_base="1.3"):
             return compose("config", [*(each for each in standard if each.split("=")[0] not in given), *overrides])
 

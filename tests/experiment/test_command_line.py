@@ -56,7 +56,7 @@ def test_using_a_layer_loads_torch_and_nothing_of_the_training_stack():
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("optim.lerning_rate=1", "error: there is no key 'optim.lerning_rate': there are optim.lr"),
+        ("optim.xyz=1", "error: there is no key 'optim.xyz': did you mean optim.lr?"),
         ("+model.extra=3", "error: unknown key model.extra"),
         ("data.path=/nowhere", "error: data.path"),
         ("output_dir=.", "error: . exists already"),

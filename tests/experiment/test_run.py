@@ -1,6 +1,7 @@
 """One command gives one folder with everything in it, and going on after a stop changes no bit of it."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ class _StopAfter(Callback):
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.steps:
-            trainer.save_checkpoint(trainer.default_root_dir / "checkpoints" / "last.ckpt")
+            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
             raise KeyboardInterrupt
 
 

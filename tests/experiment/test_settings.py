@@ -29,7 +29,6 @@ CONFIG = Path(__file__).parents[2] / "conf"
         (["data.block_size=4096"], "data.block_size=4096 exceeds size.max_position_embeddings=512"),
         (["trainer.max_steps=0"], "trainer.max_steps must be a positive number of steps, got 0"),
         (["trainer.max_steps=1.5"], "trainer.max_steps must be a positive number of steps, got 1.5"),
-        (["data.path=???"], "data.path has no default: give data.path="),
     ],
 )
 def test_impossible_settings_are_refused(tiny, overrides, message):

@@ -149,6 +149,7 @@ def test_bits_outside_2_to_8_are_refused(quantizer, bits):
         quantizer(torch.randn(2, 4), bits=bits)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("granularity", ["rows", 0, -4, True, 1.5])
 def test_an_unknown_granularity_is_refused(granularity):
     with pytest.raises(InputError, match="granularity must be"):

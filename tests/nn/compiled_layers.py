@@ -1,0 +1,36 @@
+"""Run by test_compile.py in an interpreter of its own: compiled layers give the bits of eager and frozen ones.
+
+Of its own, because the shape checks that the other tests run under are code that torch.compile cannot trace.
+"""
+
+import torch
+from torch import nn
+
+from bitnet import BitLinear, BitLinear158
+
+
+def check(layer_class: type[BitLinear], dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    layer = layer_class(96, 40, bias=True, dtype=dtype)
+    nn.init.normal_(layer.weight, std=0.02)
+    x = torch.randn(3, 7, 96, dtype=dtype)
+    eager, frozen = layer(x), layer.freeze()
+    compiled = torch.compile(layer, fullgraph=True)(x.requires_grad_())
+    assert torch.equal(compiled, eager), "the compiled layer answers differently"
+    assert torch.equal(torch.compile(frozen, fullgraph=True)(x.detach()), eager), "the frozen compiled layer does"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(torch.compile(layer, fullgraph=True)(x), frozen(x)), "under autocast they differ"
+    compiled.square().sum().backward()
+    gradient, layer.weight.grad = layer.weight.grad, None
+    layer(x).square().sum().backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+    torch.testing.assert_close(gradient, layer.weight.grad, **tolerance)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    for layer_class in (BitLinear, BitLinear158):
+        for dtype in (torch.float32, torch.bfloat16):
+            check(layer_class, dtype)
+    print("compiled equals eager")
