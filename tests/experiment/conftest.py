@@ -48,14 +48,3 @@ def tiny(tmp_path: Path, corpus: Path) -> Callable[..., DictConfig]:
             return compose("config", [*(each for each in standard if each.split("=")[0] not in given), *overrides])
 
     return configure
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for remark in (
-            "ignore:The '.*_dataloader' does not have many workers",
-            "ignore:Your `IterableDataset` has `__len__` defined",
-            "ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning",
-            "ignore:You're resuming from a checkpoint that ended before the epoch ended",
-        ):
-            item.add_marker(pytest.mark.filterwarnings(remark))
