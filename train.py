@@ -23,7 +23,7 @@ def main(cfg: DictConfig) -> None:
 
     try:
         run(cfg)
-    except (HydraException, InputError) as error:
+    except (HydraException, InputError, OSError) as error:
         if HydraConfig.get().mode == RunMode.MULTIRUN:
             raise  # Hydra notes the failure and goes on with the next job
         refuse(error)
@@ -33,6 +33,8 @@ def refuse(error: Exception) -> NoReturn:
     """End with one line that says what to do; raise ``error`` again where it is no refusal but a fault."""
     from bitnet.experiment.explain import explained
 
+    if isinstance(error, OSError) and error.filename is not None:  # a full disk, a folder without permission
+        sys.exit(f"error: {error.filename}: {error.strerror}")
     message = str(error) if isinstance(error, InputError) else explained(error, CONFIG)
     if message is None:
         raise error

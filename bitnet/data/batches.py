@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from bitnet.data.cache import Tokens
-from bitnet.data.pack import Block, batch_of, packed_blocks
+from bitnet.data.pack import IGNORED, Block, batch_of, packed_blocks
 from bitnet.data.shuffle import Position, shuffled_documents
 from bitnet.data.sources import Shard
 from bitnet.data.tokenize import DocumentEncoder
@@ -134,6 +134,9 @@ class StreamedBatches(IterableDataset[Batch]):
 class EvaluationBatches:
     """The blocks of a split in order, each token once; ranks take every n-th batch. The last batch may be smaller.
 
+    Every rank has the same number of batches, since ranks that evaluate together also wait for one another: where the
+    blocks do not suffice, a rank's last batch is one of nothing to predict.
+
     Args:
         tokens: Of the split.
         shape: Of the batches.
@@ -148,7 +151,8 @@ class EvaluationBatches:
         there = -(-len(tokens.ids) // shape.block_size)
         self._count = there if blocks is None else min(blocks, there)
         self._tokens, self._shape = tokens, shape
-        self._begins = range(rank * shape.batch_size, self._count, world_size * shape.batch_size)
+        rounds = -(-self._count // (shape.batch_size * world_size))
+        self._begins = [(number * world_size + rank) * shape.batch_size for number in range(rounds)]
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -156,7 +160,10 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[Batch]:
         for begin in self._begins:
             indices = range(begin, min(begin + self._shape.batch_size, self._count))
-            yield self._shape.batch([self._tokens.block(index, self._shape.block_size) for index in indices])
+            batch = self._shape.batch([self._tokens.block(index, self._shape.block_size) for index in indices or (0,)])
+            if not indices:
+                batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+            yield batch
 
 
 class EndlessLoader:

@@ -130,6 +130,8 @@ class TextDataModule(LightningDataModule):
         return self.corpus.describe() | {
             "path": self._path,
             "block_size": self._block_size,
+            "validation_blocks": self._validation_blocks,
+            "isolate_documents": self._isolate,
             "bytes_per_token": self.bytes_per_token,
             "skipped_lines": sum(skipped.values()),
         }
@@ -234,6 +236,7 @@ class TextDataModule(LightningDataModule):
             "tokenizer_hash": self.tokenizer_hash,
             "data.block_size": self._block_size,
             "data.seed": self._seed,
+            "data.isolate_documents": self._isolate,
         }
         if self._source.streaming:
             identity |= {"number of processes": self._world_size, "data.num_workers": max(1, self._num_workers)}

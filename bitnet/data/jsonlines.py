@@ -21,7 +21,7 @@ def read_json_lines(
 
     Args:
         path: The file; gzip is told from the suffix.
-        skipped: Where ``skip`` counts, under the file's name. A repeated reading does not count a line twice.
+        skipped: Where ``skip`` counts, under the file's path. A repeated reading does not count a line twice.
         field: The key of the text in each line's object.
         on_bad_line: ``error`` raises; ``skip`` leaves the line out and counts it.
 
@@ -38,7 +38,7 @@ def read_json_lines(
                     "repair the line, or set data.source.on_bad_line=skip to leave such lines out and count them"
                 )
             bad += 1
-            skipped[path.name] = max(bad, skipped.get(path.name, 0))
+            skipped[str(path)] = max(bad, skipped.get(str(path), 0))
         elif text.strip():
             found = True
             yield text

@@ -55,7 +55,8 @@ def batch_of(blocks: Sequence[Block], block_size: int, *, pad: int, isolate_docu
     """A batch of blocks: ``input_ids`` and ``labels``, int64 [len(blocks), block_size].
 
     ``labels`` equal ``input_ids``: whoever computes the loss shifts by one. A block shorter than ``block_size`` (the
-    end of an evaluation split) is filled with ``pad``, labelled -100, so that every token of the text counts once.
+    end of an evaluation split) is filled with ``pad``, labelled -100, so that every token of the text stands in one
+    block.
 
     With ``isolate_documents`` there are also ``position_ids``, int64 of the same shape, which start again at 0 with
     each document. transformers derives from them a mask that keeps attention inside a document (where no cache is in

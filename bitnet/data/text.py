@@ -73,7 +73,7 @@ class Text:
         for line, damaged in read_lines(path, self.invalid_utf8):
             if damaged:
                 replaced += 1
-                self.skipped[path.name] = max(replaced, self.skipped.get(path.name, 0))
+                self.skipped[str(path)] = max(replaced, self.skipped.get(str(path), 0))
             if line.strip() or self.documents == "file":
                 lines.append(line)
             elif lines:

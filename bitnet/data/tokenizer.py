@@ -51,7 +51,7 @@ class TokenizerSpec:
             InputError: ``path`` cannot be loaded, or ``vocab_size`` cannot hold the bytes.
         """
         if self.path is not None:
-            return _load(self.path)
+            return read_tokenizer(self.path)
         if self.vocab_size < SMALLEST_VOCABULARY:
             raise InputError(
                 f"data.tokenizer.vocab_size must be at least {SMALLEST_VOCABULARY} (256 bytes and 2 marks), got "
@@ -91,7 +91,12 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerFast", model_vocab_size: int
         )
 
 
-def _load(path: str) -> "PreTrainedTokenizerFast":
+def read_tokenizer(path: str) -> "PreTrainedTokenizerFast":
+    """The fast tokenizer of a directory, or of a name on the hub.
+
+    Raises:
+        InputError: There is none.
+    """
     from transformers import AutoTokenizer
 
     try:

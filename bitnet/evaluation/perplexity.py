@@ -26,7 +26,8 @@ MODEL_INPUTS = ("input_ids", "position_ids")
 class LossSummary:
     """The summed negative log-likelihood of ``n_tokens`` predicted tokens, in nats.
 
-    ``n_bytes`` is the length in UTF-8 bytes of the text that those tokens spell, None where it is not known.
+    ``n_bytes`` is the length in UTF-8 bytes of the text that those tokens spell, estimated from the mean bytes a token
+    of the whole split; None where that is not known.
     """
 
     nll_sum: float

@@ -3,23 +3,27 @@
 import time
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from bitnet.nn import BitLinear, QuantizedLinear, bit_linears
-from bitnet.quant import packed_bits
+from bitnet.data.tokenizer import TokenizerSpec, read_tokenizer
+from bitnet.experiment.settings import build
+from bitnet.nn import BitLinear, bit_linears
 
 BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
 
 
 def print_estimate(cfg: DictConfig, console: Console) -> None:
-    """Print the table of a dry run. The model is built without memory (meta device) unless it comes from a folder."""
-    with torch.device("meta"):
-        vocab_size = cfg.model.vocab_size or cfg.data.tokenizer.vocab_size or 32000
-        model = instantiate(cfg.model, vocab_size=vocab_size)
+    """Print the table of a dry run. The model takes no memory (meta device) unless it comes from a folder."""
+    tokenizer: TokenizerSpec = build(cfg.data.tokenizer)
+    vocab_size = tokenizer.vocab_size if tokenizer.path is None else len(read_tokenizer(tokenizer.path))
+    if cfg.model.path is not None:
+        model = build(cfg.model, vocab_size=cfg.model.vocab_size or 1)  # the folder knows its vocabulary
+    else:
+        with torch.device("meta"):
+            model = build(cfg.model, vocab_size=cfg.model.vocab_size or vocab_size)
     tokens_a_step = cfg.data.batch_size * cfg.data.block_size
     table = Table(title=f"Dry run of {cfg.method}", title_justify="left", show_header=False)
     for name, value in _figures(model, tokens_a_step, cfg).items():
@@ -30,7 +34,8 @@ def print_estimate(cfg: DictConfig, console: Console) -> None:
 def _figures(model: nn.Module, tokens: int, cfg: DictConfig) -> dict[str, str]:
     parameters = sum(p.numel() for p in model.parameters())
     quantized = sum(layer.weight.numel() for _, layer in bit_linears(model))
-    frozen = 4 * (parameters - quantized) + sum(_frozen_bytes(layer) for _, layer in bit_linears(model))
+    weights = [(layer.quantized_weight(), layer.weight.numel()) for _, layer in bit_linears(model)]
+    frozen = 4 * (parameters - quantized) + sum(q.bits_per_weight * count / 8 for q, count in weights)
     flops = 6 * (parameters - model.get_input_embeddings().weight.numel()) * tokens  # pyright: ignore
     flops *= cfg.trainer.accumulate_grad_batches
     activations = _activation_bytes(model, tokens)
@@ -47,20 +52,10 @@ def _figures(model: nn.Module, tokens: int, cfg: DictConfig) -> dict[str, str]:
     }
 
 
-def _frozen_bytes(layer: BitLinear) -> int:
-    """Bytes of the packed codes and one float32 scale for the tensor: finer granularities add theirs."""
-    levels = layer.quantizer(torch.zeros(1, 1)).levels
-    return packed_bits(layer.weight.shape, levels) // 8 + 4
-
-
 def _activation_bytes(model: nn.Module, tokens: int) -> int:
-    """Kept for the backward pass: int8 or float32 inputs of every linear, twice the hidden width per norm, logits."""
-    kept = 0
-    for module in model.modules():
-        if isinstance(module, nn.Linear | QuantizedLinear):
-            width = module.in_features * (1 if isinstance(module, BitLinear) else 4)
-            kept += tokens * (width + 8 * module.out_features)
-    return kept
+    """Kept for the backward pass: the inputs of every linear, int8 or float32, and two float32 copies of its output."""
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    return tokens * sum((1 if isinstance(m, BitLinear) else 4) * m.in_features + 8 * m.out_features for m in linears)
 
 
 def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
@@ -11,16 +11,12 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bitnet.errors import InputError
-
 
 def explained(error: Exception, config_directory: Path) -> str | None:
     """The message of ``error`` as one line, with the likeliest meaning of a misspelt key or choice.
 
     None for an error that is not Hydra's refusal of a command line or a configuration.
     """
-    if isinstance(error.__cause__, InputError):  # Hydra tells which constructor refused; the refusal says it better
-        return str(error.__cause__)
     text = str(error)
     if "Config group override must be a string" in text:
         return "a group is switched off with GROUP=none (export=none), a value with GROUP.KEY=null"
@@ -28,15 +24,18 @@ def explained(error: Exception, config_directory: Path) -> str | None:
         return None
     if choice := re.search(r"Could not find '([\w./-]+)'\n\nAvailable options in '([\w/]+)':\n((?:\t.*\n?)+)", text):
         group, name = choice[2], choice[1].removeprefix(f"{choice[2]}/")
-        return f"{group}={name} is no choice{_hint(name, [line.strip() for line in choice[3].splitlines()])}"
+        return f"{group}={name} is no choice{hint(name, [line.strip() for line in choice[3].splitlines()])}"
     if key := re.search(r"Could not override '([\w./@-]+)'", text):
-        return f"there is no key {key[1]!r}{_hint(key[1], _near(key[1], _keys(config_directory)))}"
+        return f"there is no key {key[1]!r}{hint(key[1], _near(key[1], _keys(config_directory)))}"
     return " ".join(text.split("\n\n")[0].split())
 
 
-def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    return f": did you mean {close[0]}?" if close else f": there are {', '.join(known[:12])}; see train.py --help"
+def hint(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """``: did you mean ...?``, or the choices there are."""
+    known = list(known)
+    if close := difflib.get_close_matches(word, known, n=1, cutoff=0.6):
+        return f": did you mean {prefix}{close[0]}?"
+    return f": there are {', '.join(known[:12])}; see train.py --help"
 
 
 def _near(word: str, keys: list[str]) -> list[str]:

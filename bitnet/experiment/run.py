@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
 from lightning import Callback, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
 from torch import nn
@@ -26,7 +24,18 @@ from bitnet.data.datamodule import TextDataModule
 from bitnet.data.tokenizer import check_vocabulary
 from bitnet.evaluation import LossSummary, evaluate_loss, footprint
 from bitnet.experiment.estimate import print_estimate
-from bitnet.experiment.settings import check, claim_directory, command, discard_if_unused, plain, resumed, twin_of
+from bitnet.experiment.settings import (
+    build,
+    check,
+    claim_directory,
+    command,
+    discard_if_unused,
+    plain,
+    process_rank,
+    resumed,
+    twin_of,
+)
+from bitnet.files import atomic_file
 from bitnet.nn import bit_linears, freeze
 from bitnet.report import RunRecord, close_loggers, git_state, machine, make_loggers, results_markdown, results_table
 from bitnet.report import training_curves as draw_curves
@@ -70,15 +79,19 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     try:
         records = _run_arms(cfg, directory, console)
     except Exception:
-        discard_if_unused(directory)
+        if cfg.resume is None:
+            discard_if_unused(directory)
         raise
-    if not _first_process():
+    if process_rank() != 0:
         return []
+    with atomic_file(directory / "results.md") as partial:
+        partial.write_text(results_markdown(records), encoding="utf-8")
+    console.print(results_table(records, title=f"Results ({directory})"))
     if cfg.fit:
         arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
-        draw_curves({name: arm / "csv" for name, arm in arms.items()}, directory / "curves.png")
-    (directory / "results.md").write_text(results_markdown(records), encoding="utf-8")
-    console.print(results_table(records, title=f"Results ({directory})"))
+        curves = {name: arm / "csv" for name, arm in arms.items() if list(arm.glob("csv/*/metrics.csv"))}
+        if curves:  # none where the run was too short to log a step
+            draw_curves(curves, directory / "curves.png")
     return records
 
 
@@ -101,7 +114,7 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     data = _build_data(cfg)
     model = _build_model(cfg, data)
     fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
-    if not _first_process():
+    if process_rank() != 0:
         return []  # what follows is one process's work
     model = model.cpu() if not torch.cuda.is_available() else model.cuda()
 
@@ -132,8 +145,8 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
         )
 
     loss = _evaluate(model, data)
-    if cfg.export:
-        instantiate(cfg.export).write(model, data.tokenizer, directory / "hf")
+    if cfg.export and not (directory / "hf").exists():  # a folder that is there is whole: a run stopped after it
+        build(cfg.export).write(model, data.tokenizer, directory / "hf")
     if not bit_linears(model):
         records = [record(cfg.method, loss)]
     else:
@@ -149,7 +162,7 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
 
 
 def _build_data(cfg: DictConfig) -> TextDataModule:
-    data: TextDataModule = instantiate(cfg.data)
+    data: TextDataModule = build(cfg.data)
     data.prepare_data()
     data.setup()
     return data
@@ -158,7 +171,7 @@ def _build_data(cfg: DictConfig) -> TextDataModule:
 def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
     tokenizer = data.tokenizer
     vocab_size = cfg.model.vocab_size or data.vocab_size
-    model = instantiate(
+    model = build(
         cfg.model, vocab_size=vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
@@ -167,24 +180,39 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
 
 def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module) -> Fit:
     module = LanguageModelingModule(
-        model, instantiate(cfg.optim), instantiate(cfg.schedule), total_steps=cfg.trainer.max_steps, compile=cfg.compile
+        model, build(cfg.optim), build(cfg.schedule), total_steps=cfg.trainer.max_steps, compile=cfg.compile
     )
     module.bytes_per_token = data.bytes_per_token
     module.tokenizer_fingerprint = data.tokenizer_hash
     loggers = make_loggers(_instantiate_all(cfg.logger), directory)
     callbacks: list[Callback] = list(_instantiate_all(cfg.callbacks).values())
-    trainer: Trainer = instantiate(
-        cfg.trainer, logger=loggers, callbacks=callbacks, plugins=[AtomicCheckpointIO()], default_root_dir=directory
+    trainer: Trainer = build(
+        cfg.trainer,
+        accelerator=_accelerator(cfg),
+        val_check_interval=cfg.trainer.val_check_interval * cfg.trainer.accumulate_grad_batches,  # it counts batches
+        logger=loggers,
+        callbacks=callbacks,
+        plugins=[AtomicCheckpointIO()],
+        default_root_dir=directory,
     )
     last = directory / "checkpoints" / "last.ckpt"
-    began = time.perf_counter()
-    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
-    close_loggers(loggers)
-    return Fit(trainer.global_step, module.tokens, module.tokens / (time.perf_counter() - began))
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
+    finally:
+        close_loggers(loggers)
+    model._compiled_call_impl = None  # both forms are evaluated in eager mode: a compiler may add in another order
+    return Fit(trainer.global_step, module.tokens, module.mean_tokens_per_s)
+
+
+def _accelerator(cfg: DictConfig) -> str:
+    """What ``auto`` stands for: CUDA or the CPU. Apple's GPU has no float64, which losses and scales are summed in."""
+    if cfg.trainer.accelerator != "auto":
+        return cfg.trainer.accelerator
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _instantiate_all(nodes: DictConfig | None) -> Mapping[str, Any]:
-    return {str(name): instantiate(node) for name, node in (nodes or {}).items() if node is not None}
+    return {str(name): build(node) for name, node in (nodes or {}).items() if node is not None}
 
 
 def _evaluate(model: nn.Module, data: TextDataModule) -> LossSummary:
@@ -194,10 +222,6 @@ def _evaluate(model: nn.Module, data: TextDataModule) -> LossSummary:
 def _shape(model: Any) -> str:
     config = model.config
     return f"{config.hidden_size}x{config.num_hidden_layers}"
-
-
-def _first_process() -> bool:
-    return rank_zero_only.rank == 0
 
 
 def _quiet() -> None:

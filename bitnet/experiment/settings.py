@@ -4,7 +4,6 @@ Hydra refuses a key that the configuration does not have, but ``+model.extra=3``
 combinations. Here every key beside a ``_target_`` must be a parameter of what it names.
 """
 
-import difflib
 import inspect
 import math
 import os
@@ -17,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import get_object
+from hydra.utils import get_object, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bitnet.errors import InputError
+from bitnet.experiment.explain import hint
 
 CLAIMED = "BITNET_RUN_FOLDER"  # environment variable that tells it to the processes that a run starts
 SETTINGS = "config.yaml"  # in a run's folder: what the run was started with
@@ -52,6 +53,12 @@ VALUES = {
     "compile",
     "threads",
 }
+POSITIVE_NUMBERS = (
+    *(f"trainer.{key}" for key in ("max_steps", "val_check_interval", "accumulate_grad_batches")),
+    *(f"data.{key}" for key in ("block_size", "batch_size", "validation_blocks", "tokenizer.vocab_size")),
+    "threads",
+)
+SWITCHES = ("fit", "dry_run", "compile")
 INSTANTIATE_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 
 
@@ -66,6 +73,15 @@ def check(cfg: DictConfig) -> None:
         raise InputError(
             f"model={cfg.method} quantizes nothing: leave out quantizer= and activation=, or choose a model"
         )
+    if cfg.model.get("layer") is not None and not (cfg.quantizer and cfg.activation):
+        raise InputError(f"model={cfg.method} needs a quantizer and an activation: model=dense has neither")
+    if cfg.twin_lr is not None and not cfg.twin:
+        raise InputError("twin_lr is the learning rate of the twin: add twin=dense, or set optim.lr")
+    _check_scalars(cfg)
+    if str(cfg.trainer.precision).startswith("16"):
+        raise InputError(f"trainer.precision={cfg.trainer.precision} needs a loss scaler: use bf16-mixed, or 32-true")
+    if cfg.trainer.accelerator == "mps":
+        raise InputError("trainer.accelerator=mps has no float64, which losses and scales are summed in: use cpu")
     if cfg.twin not in (None, "dense"):
         raise InputError(f"twin must be null or dense, got {cfg.twin!r}")
     if cfg.twin and cfg.model.get("layer") is None:
@@ -77,8 +93,31 @@ def check(cfg: DictConfig) -> None:
     longest = cfg.size.get("max_position_embeddings", math.inf)
     if cfg.model.path is None and cfg.data.block_size > longest:
         raise InputError(f"data.block_size={cfg.data.block_size} exceeds size.max_position_embeddings={longest}")
-    if cfg.fit and not (isinstance(cfg.trainer.max_steps, int) and cfg.trainer.max_steps > 0):
-        raise InputError(f"trainer.max_steps must be a positive number of steps, got {cfg.trainer.max_steps}")
+
+
+def _check_scalars(cfg: DictConfig) -> None:
+    """Raise InputError for a value that is none of the kind its key takes."""
+    for key in POSITIVE_NUMBERS:
+        value = OmegaConf.select(cfg, key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{key} must be a positive whole number, got {value!r}")
+    for key in SWITCHES:
+        if not isinstance(cfg[key], bool):
+            raise InputError(f"{key} must be true or false, got {cfg[key]!r}")
+    for group in ("callbacks", "logger"):
+        for name, node in (cfg[group] or {}).items():
+            if node is not None and not isinstance(node, DictConfig):
+                raise InputError(f"{group}.{name} is switched off with null and set by its own keys, got {node!r}")
+
+
+def build(node: DictConfig, **arguments: Any) -> Any:
+    """Call what ``node`` names. A constructor's `InputError` comes through as it is, without Hydra's wrapping."""
+    try:
+        return instantiate(node, **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, InputError):
+            raise error.__cause__ from None
+        raise
 
 
 def twin_of(cfg: DictConfig) -> DictConfig:
@@ -102,7 +141,7 @@ def claim_directory(cfg: DictConfig) -> Path:
     Raises:
         InputError: ``output_dir`` exists already, or is missing where a launcher starts the processes.
     """
-    if rank_zero_only.rank != 0:
+    if process_rank() != 0:
         if (name := os.environ.get(CLAIMED, cfg.output_dir)) is None:
             raise InputError("several processes of one run need output_dir=... to agree on its folder")
         return Path(name)
@@ -112,6 +151,11 @@ def claim_directory(cfg: DictConfig) -> Path:
     OmegaConf.update(settings, "output_dir", str(directory))
     OmegaConf.save(settings, directory / SETTINGS)
     return directory
+
+
+def process_rank() -> int:
+    """This process among those of the run; 0 for the first, which writes."""
+    return rank_zero_only.rank  # pyright: ignore[reportFunctionMemberAccess]  # Lightning keeps it there
 
 
 def _claimed(cfg: DictConfig) -> Path:
@@ -147,7 +191,8 @@ def resumed(cfg: DictConfig) -> DictConfig:
     settings = OmegaConf.load(directory / SETTINGS)
     assert isinstance(settings, DictConfig)
     OmegaConf.update(settings, "resume", str(directory))
-    OmegaConf.update(settings, "threads", cfg.threads)
+    if cfg.threads is not None:
+        OmegaConf.update(settings, "threads", cfg.threads)
     return settings
 
 
@@ -202,12 +247,6 @@ def _check_keys(path: str, node: DictConfig) -> None:
 def _known(prefix: str, keys: set[str], allowed: Any) -> None:
     for key in sorted(keys - set(allowed)):
         raise InputError(f"unknown key {prefix}{key}{hint(key, allowed, prefix)}")
-
-
-def hint(word: str, known: Any, prefix: str = "") -> str:
-    """``: did you mean ...?`` or the choices there are."""
-    close = difflib.get_close_matches(word, [str(each) for each in known], n=1, cutoff=0.6)
-    return f": did you mean {prefix}{close[0]}?" if close else f": there are {', '.join(sorted(map(str, known)))}"
 
 
 def command() -> str:

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from bitnet.errors import InputError
 from bitnet.export.protocol import ExportError
 from bitnet.files import atomic_directory
+from bitnet.models.build import DEQUANTIZED
 from bitnet.nn import BitLinear, QuantizedLinear, bit_linears
 from bitnet.quant import QTensor, absmax, absmean_ternary
 
@@ -70,6 +71,8 @@ class HuggingFaceExporter:
         kind = contents(model)
         written = _dequantized(model) if kind == "dequantized" else model
         with _transformers_at_hand(), atomic_directory(directory) as folder:
+            if kind == "dequantized":
+                setattr(written.config, DEQUANTIZED, True)
             written.save_pretrained(folder)
             if kind == "online":
                 _declare_online(folder / "config.json", _dense_linears(model))

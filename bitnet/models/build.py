@@ -11,6 +11,8 @@ from bitnet.models.pretrained import from_directory
 from bitnet.models.scratch import Size, from_scratch
 from bitnet.nn.convert import LayerFactory, convert
 
+DEQUANTIZED = "bitnet_dequantized"  # entry in the config.json of a folder whose weights are codes times scales
+
 
 def causal_lm(
     *,
@@ -39,6 +41,11 @@ def causal_lm(
     """
     if path is not None:
         model = from_directory(path)
+        if layer is not None and getattr(model.config, DEQUANTIZED, False):
+            raise InputError(
+                f"{path} holds weights that were quantized and written as floats: quantizing them again would shrink "
+                "their scale. Evaluate it with model=hf, or train on from the run's checkpoint (resume=)"
+            )
         if model.config.get_text_config().vocab_size < vocab_size:
             raise InputError(
                 f"{path} has {model.config.get_text_config().vocab_size} embeddings for a tokenizer of {vocab_size} "

@@ -1,6 +1,5 @@
 """A causal language model from a Hugging Face directory, in float32, its linears dense."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,16 @@ def from_directory(path: str | Path) -> PreTrainedModel:
     config_file = path / "config.json"
     if not config_file.is_file():
         raise InputError(f"model.path must be a Hugging Face directory with a config.json, got {path}")
-    _refuse_quantized(path, json.loads(config_file.read_text()).get("quantization_config"))
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    vars(config).pop("quantization_config", None)
     try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        _refuse_quantized(path, vars(config).pop("quantization_config", None))
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
         )
         model, report = loaded
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, KeyError, ValueError, AttributeError, SafetensorError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} does not load as a causal language model: {str(error).splitlines()[0]}") from error
     _refuse_incomplete(path, report)
     for name, parameter in model.named_parameters():

@@ -52,8 +52,8 @@ class BitLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.quantizer = quantizer or self.default_quantizer
-        self.activation = activation or self.default_activation
+        self.quantizer = self.default_quantizer if quantizer is None else quantizer
+        self.activation = self.default_activation if activation is None else activation
 
     @classmethod
     def from_linear(
@@ -140,15 +140,19 @@ class _BitLinearFunction(torch.autograd.Function):
             grad_x = (grad @ _restore(saved[3:], ctx.grids[1]).dequantize(dtype)).to(x_dtype)
         if needs_weight:
             x = _restore(saved[:3], ctx.grids[0]).dequantize(dtype)
-            grad_weight = (grad.flatten(0, -2).t() @ x.flatten(0, -2)).to(weight_dtype)
+            grad_weight = (_rows(grad).t() @ _rows(x)).to(weight_dtype)
         if needs_bias and bias_dtype is not None:
-            grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(bias_dtype)
+            grad_bias = _rows(grad).sum(0, dtype=torch.float32).to(bias_dtype)
         return grad_x, grad_weight, grad_bias, None, None, None
 
 
 def _gradient_dtype(grad: Tensor) -> torch.dtype:
     """float32 on a CPU; on CUDA the dtype of the gradient, for the tensor cores."""
     return grad.dtype if grad.is_cuda else torch.float32
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _tensors(q: QTensor) -> tuple[Tensor, Tensor, Tensor | None]:

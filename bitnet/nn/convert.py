@@ -35,6 +35,8 @@ def convert(
     chosen = _matching(linears, include, "include")
     left = _heads(model, linears) if exclude is None else _matching(linears, exclude, "exclude")
     names = [name for name in linears if name in chosen and name not in left]
+    if names == [""]:
+        raise InputError("a linear layer has no place to be replaced in: use BitLinear158.from_linear(layer)")
     if not names:
         raise InputError(
             f"no linear layer to convert among {len(linears)}: include={list(include)}, left out={sorted(left)}"
@@ -52,6 +54,8 @@ def freeze(model: nn.Module) -> list[str]:
         InputError: there is none, or one has a weight that is not finite (then nothing is replaced).
     """
     frozen = {name: _frozen(name, layer) for name, layer in bit_linears(model)}
+    if "" in frozen:
+        raise InputError("a layer has no place to be replaced in: use layer.freeze()")
     if not frozen:
         raise InputError("the model has no BitLinear to freeze: convert it first (bitnet.convert)")
     for name, layer in frozen.items():

@@ -41,10 +41,10 @@ class QuantizedLinear(nn.Module):
         return QTensor(self.qdata, self.weight_scale, self.levels, self.weight_zero_point, self.group_size)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        dtype = result_dtype(input)
         if self.activation is None:
-            return nn.functional.linear(input, self.weight.dequantize(input.dtype), self.bias)
-        return quantized_linear(self.activation(input), self.weight, self.bias, dtype)
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return nn.functional.linear(input, self.weight.dequantize(input.dtype), bias)
+        return quantized_linear(self.activation(input), self.weight, self.bias, result_dtype(input))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # torch leaves it untyped
         """Move like any module, but keep the scale in float32: ``model.bfloat16()`` must not change the weights."""

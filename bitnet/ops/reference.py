@@ -23,8 +23,8 @@ def quantized_linear(
     Args:
         x: activations [*rows, in].
         weight: weights [out, in]. Per tensor or per row without zero point the sum is exact as long as it stays below
-            2^24; otherwise (groups, zero points, longer sums) both sides are dequantized to float32, and the sum
-        rounds. bias: added after the rescaling.
+            2^24; otherwise (groups, zero points, longer sums) both sides are dequantized to float32 and the sum rounds.
+        bias: added after the rescaling.
         dtype: of the result.
     """
     with torch.autocast(x.qdata.device.type, enabled=False):  # it would round the codes' product to 16 bits
@@ -32,7 +32,7 @@ def quantized_linear(
             y = matmul_codes(x.qdata, weight.qdata)
             y *= weight.scale.reshape(-1) * x.scale
         else:
-            y = x.dequantize() @ weight.dequantize().t()
+            y = _matmul_values(x.dequantize(), weight.dequantize())
         if bias is not None:
             y += bias
         return y.to(dtype)
@@ -45,9 +45,20 @@ def matmul_codes(q: Tensor, t: Tensor) -> Float[Tensor, "*rows out"]:
     summed in float32, and ``out_dtype`` keeps the sum from being rounded to bfloat16.
     """
     if q.is_cuda:
-        flat = q.flatten(0, -2).bfloat16()
-        return torch.mm(flat, t.bfloat16().t(), out_dtype=torch.float32).unflatten(0, q.shape[:-1])
+        flat = q.reshape(-1, q.shape[-1]).bfloat16()
+        return torch.mm(flat, t.bfloat16().t(), out_dtype=torch.float32).reshape(*q.shape[:-1], -1)
     return q.float() @ t.float().t()
+
+
+@torch.library.custom_op("bitnet::matmul_values", mutates_args=())
+def _matmul_values(x: Tensor, weight: Tensor) -> Tensor:
+    """``x @ weight^T``, opaque to compilers, which would fold a bias into this sum and so round it differently."""
+    return x @ weight.t()
+
+
+@_matmul_values.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
 def integer_product_is_exact(x: QTensor, weight: QTensor) -> bool:

@@ -26,11 +26,11 @@ def absmax(
 
 
 def absmax_b1(x: Float[Tensor, "*rows cols"], *, granularity: Granularity = "row", eps: float = 1e-5) -> QTensor:
-    """The int8 activations of BitNet b1: 128 steps to the maximum, which itself is clipped to 127 steps.
+    """The int8 activations of BitNet b1: 128 steps to the maximum, which itself is clipped to 127 steps on either side.
 
     Source: BitNet, arXiv:2310.11453, eq. 4-6 with Q_b = 128 (its epsilon is one code here); per token as at inference.
     """
-    return _to_maximum(x, granularity, eps, steps=128, low=-128, high=127)
+    return _to_maximum(x, granularity, eps, steps=128, low=-127, high=127)
 
 
 def check_bits(bits: int) -> int:

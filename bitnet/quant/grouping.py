@@ -40,11 +40,26 @@ def grouped(x: Float[Tensor, "*rows cols"], granularity: Granularity) -> Float[T
     return x.reshape(*(1,) * x.dim(), -1)
 
 
-def members(x: Float[Tensor, "*rows cols"], granularity: Granularity) -> Float[Tensor, " groups"]:
+def members(x: Float[Tensor, "*rows cols"], granularity: Granularity) -> int | Float[Tensor, " groups"]:
     """How many values of ``x`` share each scale of a row; all groups but the last have the same count."""
     size = group_size_of(granularity)
     columns = x.shape[-1]
     if size is None:
-        return torch.tensor([x.numel() if granularity == "tensor" else columns], dtype=torch.float64, device=x.device)
+        return x.numel() if granularity == "tensor" else columns
     starts = torch.arange(0, columns, size, dtype=torch.float64, device=x.device)
     return (columns - starts).clamp(max=size)
+
+
+@torch.library.custom_op("bitnet::per_column", mutates_args=())
+def per_column(per_group: Tensor, group_size: int, columns: int) -> Tensor:
+    """Repeat the last dimension, one value a group, so that there is one value for each of ``columns`` columns.
+
+    Opaque to compilers: torch 2.13 on a CPU compiles ``x / s.repeat_interleave(20, -1)`` to wrong values, where the
+    group is no multiple of its vectors.
+    """
+    return per_group.repeat_interleave(group_size, dim=-1)[..., :columns].contiguous()
+
+
+@per_column.register_fake
+def _(per_group: Tensor, group_size: int, columns: int) -> Tensor:
+    return per_group.new_empty((*per_group.shape[:-1], columns))

@@ -6,10 +6,9 @@ can produce is refused when read.
 
 ::
 
-    i2   2 bits a weight      byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6          c = t + 1 in {0,
-    1, 2} t5   1.6 bits a weight    byte j = c[5j] + 3 c[5j+1] + 9 c[5j+2] + 27 c[5j+3] + 81 c[5j+4]     c = t + 1,
-    byte <= 242 b1   1 bit a weight       byte j = b[8j] | b[8j+1] << 1 | ... | b[8j+7] << 7                   b = 1
-    for +1, 0 for -1
+    i2   2.0 bits a weight   byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6         c = t + 1, never 3
+    t5   1.6 bits a weight   byte j = c[5j] + 3 c[5j+1] + 9 c[5j+2] + 27 c[5j+3] + 81 c[5j+4]    c = t + 1, byte <= 242
+    b1   1.0 bit a weight    byte j = b[8j] | b[8j+1] << 1 | ... | b[8j+7] << 7                  b = 1 for +1, 0 for -1
 """
 
 import math

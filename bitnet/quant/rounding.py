@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from bitnet.quant.grouping import per_column
+
 
 def round_to_codes(
     x: Float[Tensor, "*rows cols"],
@@ -15,15 +17,15 @@ def round_to_codes(
 ) -> Int8[Tensor, "*rows cols"]:
     """``clamp(round(x / scale) + zero_point, low, high)`` as int8.
 
-    Divides by the scale (a tensor, so a true division on every device) instead of multiplying by its reciprocal, which
-    would round differently in the last bit and, at a tie, in the code. A NaN or an infinity in ``x`` has no code,
-    but it is not lost: it made the scale NaN or infinite, and with it no value of its group is finite.
+    Divides by the scale instead of multiplying by its reciprocal, which would round differently in the last bit and,
+    at a tie, in the code. (By a tensor: eager PyTorch then divides truly on every device.) A NaN or an infinity in
+    ``x`` has no code, but it is not lost: it made the scale NaN or infinite, and with it no value of its group is
+    finite.
     """
     if group_size is not None:
-        columns = x.shape[-1]
-        scale = scale.repeat_interleave(group_size, dim=-1)[..., :columns]
+        scale = per_column(scale, group_size, x.shape[-1])
         if zero_point is not None:
-            zero_point = zero_point.repeat_interleave(group_size, dim=-1)[..., :columns]
+            zero_point = per_column(zero_point, group_size, x.shape[-1])
     codes = (x.float() / scale).round_()
     if zero_point is not None:
         codes += zero_point

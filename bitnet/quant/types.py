@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from bitnet.quant.grouping import per_column
 from bitnet.quant.packing import packed_bits
 
 SCALE_BITS = 32
@@ -61,7 +62,7 @@ class QTensor:
         """Repeat a per-group tensor along the columns, so that it broadcasts against ``qdata``."""
         if self.group_size is None:
             return per_group
-        return per_group.repeat_interleave(self.group_size, dim=-1)[..., : self.qdata.shape[-1]]
+        return per_column(per_group, self.group_size, self.qdata.shape[-1])
 
     @property
     def bits_per_weight(self) -> float:

@@ -8,6 +8,7 @@ from rich.table import Table
 from bitnet.errors import InputError
 from bitnet.report.record import RunRecord
 
+SAME_TOKENS = ("name", "corpus_hash", "tokenizer_hash", "block_size", "validation_blocks", "isolate_documents")
 DENSE = "dense"  # RunRecord.method of a full-precision twin
 HEADINGS = ("method", "loss", "gap", "perplexity", "bits/byte", "bits/weight", "MB")
 LEGEND = (
@@ -61,11 +62,15 @@ def _rows(records: Sequence[RunRecord]) -> list[list[str]]:
 
 
 def _gap(record: RunRecord, records: Sequence[RunRecord]) -> float | None:
-    """Nats per token above the dense twin: the first dense record of the same data."""
-    twin = next((each for each in records if each.method == DENSE and each.data == record.data), None)
+    """Nats per token above the dense twin: the first dense record of the same tokens."""
+    twin = next((each for each in records if each.method == DENSE and _same_tokens(each, record)), None)
     if twin is None or twin is record or record.nll is None or twin.nll is None:
         return None
     return record.nll - twin.nll
+
+
+def _same_tokens(one: RunRecord, other: RunRecord) -> bool:
+    return all(one.data.get(key) == other.data.get(key) for key in SAME_TOKENS)
 
 
 def _number(value: float | None, format_spec: str) -> str:

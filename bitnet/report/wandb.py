@@ -47,7 +47,9 @@ def wandb_logger(
     if mode == "offline":
         print(f"W&B is offline ({reason}). To upload the run afterwards: wandb sync {run_dir}/wandb/offline-run-*")
     # Lightning's own ``offline=True`` sets WANDB_MODE for the whole process; ``mode`` holds for this run alone.
-    return WandbLogger(save_dir=run_dir, project=project, name=name or run_dir.name, tags=list(tags), mode=mode)
+    return WandbLogger(
+        save_dir=run_dir, project=project, name=name or "/".join(run_dir.parts[-2:]), tags=list(tags), mode=mode
+    )
 
 
 def _mode(offline: bool) -> tuple[str, str]:

@@ -58,8 +58,15 @@ class NonFiniteGuard(Callback):
         if trainer.global_step % every == 0:
             _check_step(pl_module, trainer.global_step)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss = float(trainer.callback_metrics.get("val/loss", 0.0))
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not math.isfinite(loss):
+            raise NonFiniteError(
+                f"step {trainer.global_step}: expected a finite validation loss, got {loss}: {_ADVICE}"
+            )
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if trainer.training:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:  # validating, too, is part of a fit
             _check_step(pl_module, trainer.global_step)
 
 

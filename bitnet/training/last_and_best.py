@@ -5,6 +5,7 @@ optimizer steps only. That includes Ctrl-C and SIGTERM: the signal is noted, the
 checkpoint written, and the program ends with the command that goes on from there.
 """
 
+import math
 import shutil
 import signal
 import threading
@@ -76,7 +77,7 @@ class LastAndBest(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = float(trainer.callback_metrics[METRIC])
-        improved = self.best_loss is None or loss < self.best_loss
+        improved = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if improved:
             self.best_loss = loss
         trainer.save_checkpoint(self.last, weights_only=False)

@@ -44,6 +44,7 @@ class LanguageModelingModule(LightningModule):
         tokens: tokens trained on so far, over all ranks.
         step_loss: mean loss of the latest optimizer step, on the device.
         tokens_per_s: training tokens a second since the last logged step, validation not counted.
+        mean_tokens_per_s: the same since this process began to train; None before it has ended.
 
     Batches are mappings of int64 ``[batch, block]`` tensors: ``input_ids``, ``labels`` (the same ids, -100 where
     nothing is predicted; shifted by one here) and optionally ``position_ids``.
@@ -68,6 +69,7 @@ class LanguageModelingModule(LightningModule):
         self.tokens = 0
         self.step_loss: Tensor | None = None
         self.tokens_per_s = math.nan
+        self.mean_tokens_per_s: float | None = None
         self._make_optimizer = optimizer
         self._schedule = schedule
         self._total_steps = total_steps
@@ -76,7 +78,7 @@ class LanguageModelingModule(LightningModule):
         self._ids_checked = False
         self._losses: list[Tensor] = []  # of the micro-batches of one step
         self._gradient_norm: Tensor | None = None
-        self._window = (0, 0.0)  # (tokens, seconds) at the last logged step
+        self._window = self._start = (0, 0.0)  # (tokens, seconds) at the last logged step, and at the start
         self._pause_began = 0.0
 
     # Set-up
@@ -93,7 +95,12 @@ class LanguageModelingModule(LightningModule):
         return optimizer
 
     def on_train_start(self) -> None:
-        self._window = (self.tokens, time.perf_counter())
+        self._window = self._start = (self.tokens, time.perf_counter())
+
+    def on_train_end(self) -> None:
+        tokens, then = self._start
+        if self.tokens > tokens:
+            self.mean_tokens_per_s = (self.tokens - tokens) / (time.perf_counter() - then)
 
     # One step
 
@@ -163,8 +170,8 @@ class LanguageModelingModule(LightningModule):
         self._pause_began = time.perf_counter()
 
     def on_validation_end(self) -> None:
-        tokens, then = self._window
-        self._window = (tokens, then + time.perf_counter() - self._pause_began)
+        pause = time.perf_counter() - self._pause_began
+        self._window, self._start = ((tokens, then + pause) for tokens, then in (self._window, self._start))
 
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)  # (nll sum, tokens): exact to 2^53

@@ -217,12 +217,18 @@ def test_evaluation_ranks_share_out_the_blocks(text: Text, options: dict[str, An
     shape = BatchShape(BLOCK, 3, pad=0, isolate_documents=False)
     tokens = corpus.evaluation_tokens("validation")
     whole = rows_of(iter(EvaluationBatches(tokens, shape, blocks=None)), 999)
-    shared = [
-        row
-        for rank in range(2)
-        for row in rows_of(iter(EvaluationBatches(tokens, shape, blocks=None, rank=rank, world_size=2)), 999)
-    ]
-    assert Counter(shared) == Counter(whole)
+    ranks = [EvaluationBatches(tokens, shape, blocks=None, rank=rank, world_size=2) for rank in range(2)]
+    with_targets = [[batch for batch in rank if (batch["labels"] != -100).any()] for rank in ranks]
+    assert Counter(row for rank in with_targets for row in rows_of(iter(rank), 999)) == Counter(whole)
+
+
+@pytest.mark.parametrize("blocks", [1, 3, 4, 7])
+def test_evaluation_ranks_have_equally_many_batches(text: Text, options: dict[str, Any], blocks: int) -> None:
+    corpus = Corpus(text, options["tokenizer"], options["cache_dir"])
+    shape = BatchShape(BLOCK, 3, pad=0, isolate_documents=False)
+    tokens = corpus.evaluation_tokens("validation")
+    ranks = [EvaluationBatches(tokens, shape, blocks=blocks, rank=rank, world_size=2) for rank in range(2)]
+    assert len({len(list(rank)) for rank in ranks} | {len(rank) for rank in ranks}) == 1
 
 
 def test_evaluation_stops_at_the_limit(source: Source, options: dict[str, Any]) -> None:

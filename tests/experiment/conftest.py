@@ -36,6 +36,11 @@ def corpus(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def tiny_settings() -> list[str]:
+    return TINY
+
+
+@pytest.fixture
 def tiny(tmp_path: Path, corpus: Path) -> Callable[..., DictConfig]:
     """Compose a tiny run in ``tmp_path/run``; arguments are overrides as on the command line."""
 

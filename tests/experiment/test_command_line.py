@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from bitnet.report import RunRecord
+
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "conf"
 
@@ -50,6 +52,39 @@ def test_using_a_layer_loads_torch_and_nothing_of_the_training_stack():
     probe += "print(sorted({'torch', 'lightning', 'transformers', 'datasets', 'wandb'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", probe], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "['torch']"
+
+
+@pytest.fixture
+def tiny_run(tmp_path, corpus, tiny_settings):
+    """Run the command line on a tiny model in ``tmp_path``."""
+    return lambda *more: train(*more, *tiny_settings, f"data.path={corpus}", "export=none", cwd=tmp_path)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_learns_what_an_eager_one_learns(tmp_path, tiny_run):
+    for name, compiled in (("eager", "false"), ("compiled", "true")):
+        done = tiny_run(f"output_dir={name}", f"compile={compiled}", "threads=1")
+        assert done.returncode == 0, done.stderr
+    eager, compiled = (RunRecord.read(tmp_path / name / "run.json") for name in ("eager", "compiled"))
+    assert compiled.nll == pytest.approx(eager.nll, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model_and_write_one_folder(tmp_path, tiny_run):
+    two = ["trainer.accelerator=cpu", "trainer.devices=2", "+trainer.strategy=ddp", "data.validation_blocks=3"]
+    done = tiny_run(*two, "threads=1")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "runs").iterdir()
+    record = RunRecord.read(folder / "run.json")
+    assert record.train_tokens == 2 * 6 * 2 * 32
+    assert done.stdout.count("Results") == 1
+
+
+@pytest.mark.slow
+def test_a_failed_job_of_a_sweep_does_not_stop_the_others(tmp_path, tiny_run):
+    done = tiny_run("-m", "optim.lr=-1,1e-3", "hydra.sweep.dir=sweep")
+    assert "optim.lr must be a positive number" in done.stderr
+    assert [path.parent.parent.name for path in tmp_path.glob("sweep/*/run/run.json")] == ["1"]
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitnet.errors import InputError
 from bitnet.experiment import run as experiment
 from bitnet.experiment.run import run
+from bitnet.experiment.settings import resumed
 from bitnet.models import from_directory
 from bitnet.report import RunRecord
 
@@ -83,13 +84,19 @@ def test_a_twin_is_trained_on_the_same_tokens_and_gives_the_gap(tiny, tmp_path, 
 class _StopAfter(Callback):
     """Ends the process's training as Ctrl-C does, after an optimizer step in the middle of an epoch."""
 
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
+    def __init__(self, steps: int, save: bool) -> None:
+        self.steps, self.save = steps, save
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
         if trainer.global_step == self.steps:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+            if self.save:
+                trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
             raise KeyboardInterrupt
+
+
+def _with(made, callback):
+    """``callback`` before the callbacks of a run; loggers are left as they are."""
+    return {"first": callback, **made} if "guard" in made else made
 
 
 @pytest.mark.parametrize("twin", ["null", "dense"])
@@ -97,12 +104,7 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, tmp_path
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     records = run(tiny(f"twin={twin}", f"output_dir={straight}"))
     original = experiment._instantiate_all
-
-    def stopping(nodes):
-        made = dict(original(nodes))
-        return {**made, "stop": _StopAfter(3)} if "guard" in made else made
-
-    monkeypatch.setattr(experiment, "_instantiate_all", stopping)
+    monkeypatch.setattr(experiment, "_instantiate_all", lambda nodes: _with(original(nodes), _StopAfter(3, save=True)))
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(tiny(f"twin={twin}", f"output_dir={stopped}"))
     monkeypatch.setattr(experiment, "_instantiate_all", original)
@@ -115,6 +117,66 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, tmp_path
 def test_a_finished_run_resumes_to_its_record(tiny, tmp_path):
     records = run(tiny())
     assert run(tiny(f"resume={tmp_path / 'run'}")) == records
+
+
+def test_a_run_that_stopped_after_its_export_is_finished_by_resuming(tiny, tmp_path):
+    records = run(tiny())
+    (tmp_path / "run" / "run.json").unlink()
+    again = run(tiny(f"resume={tmp_path / 'run'}"))
+    assert [record.nll for record in again] == [record.nll for record in records]
+    assert again[-1].tokens_per_s is None  # this process trained nothing
+
+
+def test_a_run_too_short_to_log_or_validate_still_ends_with_its_table(tiny, tmp_path):
+    run(tiny("trainer.max_steps=2", "trainer.log_every_n_steps=50", "trainer.val_check_interval=50"))
+    assert "bitnet158 frozen" in (tmp_path / "run" / "results.md").read_text()
+
+
+def test_validation_in_the_middle_of_an_accumulation_does_not_change_the_resumed_bits(tiny, tmp_path, monkeypatch):
+    overrides = ["trainer.accumulate_grad_batches=3", "trainer.val_check_interval=2", "export=none"]
+    records = run(tiny(f"output_dir={tmp_path / 'straight'}", *overrides))
+    original = experiment._instantiate_all
+    monkeypatch.setattr(experiment, "_instantiate_all", lambda nodes: _with(original(nodes), _StopAfter(4, save=False)))
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run(tiny(f"output_dir={tmp_path / 'stopped'}", *overrides))
+    monkeypatch.setattr(experiment, "_instantiate_all", original)
+    assert run(tiny(f"resume={tmp_path / 'stopped'}"))[-1].nll == records[-1].nll
+
+
+def test_resuming_keeps_the_number_of_threads_and_takes_no_other_settings(tiny, tmp_path, monkeypatch):
+    run(tiny("threads=1", "export=none"))
+    assert resumed(tiny(f"resume={tmp_path / 'run'}")).threads == 1
+    monkeypatch.setattr("bitnet.experiment.settings._overrides", lambda: ["resume=x", "optim.lr=1"])
+    with pytest.raises(InputError, match=r"optim\.lr=1 has no meaning"):
+        resumed(tiny(f"resume={tmp_path / 'run'}"))
+
+
+def test_weights_that_were_exported_as_floats_are_not_quantized_again(tiny, tmp_path):
+    _, frozen = run(tiny("quantizer.granularity=row"))
+    hf = tmp_path / "run" / "hf"
+    again = ["fit=false", f"model.path={hf}", f"data.tokenizer.path={hf}", f"output_dir={tmp_path / 'again'}"]
+    with pytest.raises(InputError, match="quantizing them again would shrink their scale"):
+        run(tiny(*again, "quantizer.granularity=row"))
+    (dense,) = run(tiny(*again, "model=hf"))
+    assert dense.nll == pytest.approx(frozen.nll, abs=0.05)  # without the rounding of the activations
+
+
+class _Poison(Callback):
+    """Makes a weight NaN, as a bad update would, when three steps are done."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        if trainer.global_step == 3:
+            with torch.no_grad():
+                next(pl_module.parameters()).fill_(float("nan"))
+
+
+def test_a_diverging_run_keeps_its_last_good_checkpoint(tiny, tmp_path, monkeypatch):
+    original = experiment._instantiate_all
+    monkeypatch.setattr(experiment, "_instantiate_all", lambda nodes: _with(original(nodes), _Poison()))
+    with pytest.raises(InputError, match="step 3: expected a finite validation loss, got nan"):
+        run(tiny("trainer.val_check_interval=1", "logger=csv"))
+    last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(torch.isfinite(tensor).all() for tensor in last["state_dict"].values())
 
 
 def test_a_folder_that_exists_is_refused_and_left_alone(tiny, tmp_path):

@@ -3,21 +3,33 @@
 Of its own, because the shape checks that the other tests run under are code that torch.compile cannot trace.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import nn
 
 from bitnet import BitLinear, BitLinear158
+from bitnet.quant import absmean_ternary, zero_point
+
+LAYERS = [
+    BitLinear,
+    BitLinear158,
+    partial(BitLinear158, quantizer=partial(absmean_ternary, granularity="row")),
+    partial(BitLinear158, quantizer=partial(absmean_ternary, granularity=20)),
+    partial(BitLinear158, activation=zero_point),
+]
 
 
-def check(layer_class: type[BitLinear], dtype: torch.dtype) -> None:
+def check(layer_class: Callable[..., BitLinear], dtype: torch.dtype) -> None:
     torch._dynamo.reset()
     layer = layer_class(96, 40, bias=True, dtype=dtype)
     nn.init.normal_(layer.weight, std=0.02)
     x = torch.randn(3, 7, 96, dtype=dtype)
     eager, frozen = layer(x), layer.freeze()
     compiled = torch.compile(layer, fullgraph=True)(x.requires_grad_())
-    assert torch.equal(compiled, eager), "the compiled layer answers differently"
-    assert torch.equal(torch.compile(frozen, fullgraph=True)(x.detach()), eager), "the frozen compiled layer does"
+    assert torch.equal(compiled, eager), "compiled and eager differ"
+    assert torch.equal(torch.compile(frozen, fullgraph=True)(x.detach()), eager), "trained and frozen differ"
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(torch.compile(layer, fullgraph=True)(x), frozen(x)), "under autocast they differ"
     compiled.square().sum().backward()
@@ -30,7 +42,7 @@ def check(layer_class: type[BitLinear], dtype: torch.dtype) -> None:
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    for layer_class in (BitLinear, BitLinear158):
-        for dtype in (torch.float32, torch.bfloat16):
-            check(layer_class, dtype)
+    for layer_class in LAYERS:
+        check(layer_class, torch.float32)
+    check(BitLinear158, torch.bfloat16)
     print("compiled equals eager")

@@ -90,7 +90,10 @@ def test_what_is_kept_for_the_backward_pass_is_one_byte_a_value():
 @pytest.mark.parametrize("rows", [(), (1,), (0,), (3, 0), (2, 3, 4)])
 def test_any_number_of_leading_dimensions_works(rows):
     layer, _ = make(BitLinear158)
-    assert layer(torch.randn(*rows, 48)).shape == (*rows, 16)
+    y = layer(torch.randn(*rows, 48, requires_grad=True))
+    assert y.shape == (*rows, 16)
+    y.sum().backward()
+    assert layer.weight.grad.shape == (16, 48)
 
 
 def test_from_linear_shares_the_parameters_of_the_linear():
@@ -139,6 +142,7 @@ def test_without_activation_quantization_the_frozen_layer_multiplies_dequantized
     layer, x = make(BitLinear158)
     frozen = QuantizedLinear(layer.quantized_weight(), None, activation=None)
     torch.testing.assert_close(frozen(x), x @ layer.quantized_weight().dequantize().T)
+    assert QuantizedLinear(layer.quantized_weight(), torch.zeros(16))(x.bfloat16()).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])

@@ -101,6 +101,13 @@ def test_freezing_names_the_layer_that_is_not_finite_and_freezes_nothing():
     assert len(bit_linears(model)) == 4
 
 
+def test_a_layer_alone_is_told_how_to_be_replaced():
+    with pytest.raises(InputError, match=r"use BitLinear158\.from_linear"):
+        bitnet.convert(nn.Linear(4, 4))
+    with pytest.raises(InputError, match=r"use layer\.freeze"):
+        bitnet.freeze(BitLinear158(4, 4))
+
+
 def test_freezing_a_dense_model_is_an_error():
     with pytest.raises(InputError, match="no BitLinear to freeze"):
         bitnet.freeze(Model())

@@ -125,8 +125,8 @@ def test_small_inputs_keep_their_codes_because_the_statistic_is_clamped_not_the_
     assert absmax(tiny).qdata.tolist() == [[127, -64]]
 
 
-def test_b1_activations_clip_the_positive_maximum_to_code_127():
-    assert absmax_b1(torch.tensor([[1.0, -1.0, 0.5]])).qdata.tolist() == [[127, -128, 64]]
+def test_b1_activations_clip_the_maximum_to_code_127_on_either_side():
+    assert absmax_b1(torch.tensor([[1.0, -1.0, 0.5]])).qdata.tolist() == [[127, -127, 64]]
 
 
 def test_zero_point_gives_zero_a_code_of_its_own():

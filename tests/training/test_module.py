@@ -168,18 +168,6 @@ def test_a_compiled_network_keeps_the_names_of_its_weights(tmp_path, monkeypatch
     assert list(module.state_dict()) == names
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in its compiler
-def test_compiled_training_learns_what_eager_training_learns(tmp_path):
-    losses = []
-    for compile in (False, True):
-        module = toy_module(8, compile=compile)
-        toy_trainer(tmp_path, 8).fit(module, datamodule=ToyData())
-        losses.append(module.step_loss.item())
-        assert not any("_orig_mod" in name for name in module.state_dict())
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
 def test_the_toy_learns(tmp_path):
     module = toy_module(60, optimizer=lambda model: adamw(model, lr=3e-2, weight_decay=0.1), schedule=constant())
     toy_trainer(tmp_path, 60).fit(module, datamodule=ToyData())
