@@ -75,12 +75,11 @@ def test_what_datasets_cannot_read_is_one_clear_error(tmp_path: Path, paths: lis
 
 
 def test_an_unreachable_hub_is_a_quick_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    import httpx
     import huggingface_hub
 
     def unreachable(*_: Any, timeout: float, **__: Any) -> None:
         assert timeout == hub.HUB_TIMEOUT <= 10
-        raise httpx.ConnectTimeout("no route")
+        raise Exception("no route")  # no type of its own: each version of the hub's library has another
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
     with pytest.raises(InputError, match=r"not answer for allenai/c4 \(ConnectTimeout\).*data\.path.*HF_HUB"):
