@@ -82,5 +82,5 @@ def test_an_unreachable_hub_is_a_quick_clear_error(monkeypatch: pytest.MonkeyPat
         raise Exception("no route")  # no type of its own: each version of the hub's library has another
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    with pytest.raises(InputError, match=r"not answer for allenai/c4 \(ConnectTimeout\).*data\.path.*HF_HUB"):
+    with pytest.raises(InputError, match=r"not answer for allenai/c4 \(Exception\).*data\.path.*HF_HUB"):
         HubDataset("allenai/c4", "en").commit()
