@@ -117,7 +117,7 @@ def test_a_checkpoint_of_another_layer_is_refused(tmp_path):
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path):
     last = _fit(tmp_path, 1)
-    checkpoint = torch.load(last)
+    checkpoint = torch.load(last, weights_only=True)
     del checkpoint["bitnet"]
     torch.save(checkpoint, last)
     with pytest.raises(InputError, match="expected a training checkpoint of format 1, got none"):
@@ -126,7 +126,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path):
 
 def test_another_number_of_threads_is_said_in_words(tmp_path):
     last = _fit(tmp_path, 1)
-    checkpoint = torch.load(last)
+    checkpoint = torch.load(last, weights_only=True)
     checkpoint["bitnet"]["threads"] = 64
     torch.save(checkpoint, last)
     with pytest.warns(UserWarning, match="written with 64 threads, this run has 1: .* not bit for bit"):
