@@ -1,4 +1,7 @@
-"""A linear layer whose weight is integer codes and a scale: what evaluation, export and reports see."""
+"""A linear layer whose weight is codes and what turns them into values: what evaluation, export and reports see."""
+
+from dataclasses import fields
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -6,39 +9,47 @@ from torch import Tensor, nn
 
 from bitnet.errors import InputError
 from bitnet.ops import quantized_linear
-from bitnet.quant import QTensor, Quantizer
+from bitnet.quant import QTensor, QuantizedWeight, Quantizer
 
 
 class QuantizedLinear(nn.Module):
     """Frozen linear layer: ``activation(x)`` times the quantized weight, plus bias. Not trainable.
 
-    The codes, the scale and the zero point are buffers (``qdata``, ``weight_scale``, ``weight_zero_point``).
+    The tensors of the weight are buffers: ``qdata`` and ``weight_<field>`` (``weight_scale``, ``weight_zero_point``).
+    They keep their dtypes: ``model.bfloat16()`` changes none of them.
 
     Args:
-        weight: quantized weight [out, in].
+        weight: quantized weight [out, in]: a `QTensor`, or another dataclass of tensors and plain values.
         bias: [out] or None.
         activation: input [*rows, in] -> codes and scale; None leaves the input in float.
+
+    Raises:
+        InputError: a scale that is not positive and finite, or a weight whose values are not.
     """
 
-    qdata: Tensor
-    weight_scale: Tensor
-    weight_zero_point: Tensor | None
-
-    def __init__(self, weight: QTensor, bias: Tensor | None = None, activation: Quantizer | None = None) -> None:
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, activation: Quantizer | None = None
+    ) -> None:
         super().__init__()
-        if not bool((torch.isfinite(weight.scale) & (weight.scale > 0)).all()):
-            raise InputError("every weight scale must be positive and finite: the weight was damaged or not quantized")
-        self.out_features, self.in_features = weight.qdata.shape
-        self.levels, self.group_size, self.activation = weight.levels, weight.group_size, activation
-        self.register_buffer("qdata", weight.qdata)
-        self.register_buffer("weight_scale", weight.scale)
-        self.register_buffer("weight_zero_point", weight.zero_point)
+        _refuse_damaged(weight)
+        self.out_features, self.in_features = weight.shape
+        self.activation = activation
+        self._weight_type, self._plain = type(weight), dict[str, Any]()
+        self._tensors: dict[str, str] = {}  # field of the weight -> buffer of this module
+        for each in fields(weight):  # pyright: ignore[reportArgumentType]  # a dataclass by contract
+            value = getattr(weight, each.name)
+            if isinstance(value, Tensor):
+                self._tensors[each.name] = each.name if each.name == "qdata" else f"weight_{each.name}"
+                self.register_buffer(self._tensors[each.name], value)
+            else:
+                self._plain[each.name] = value
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
-    def weight(self) -> QTensor:
+    def weight(self) -> QuantizedWeight:
         """The quantized weight [out, in]."""
-        return QTensor(self.qdata, self.weight_scale, self.levels, self.weight_zero_point, self.group_size)
+        tensors = {field: getattr(self, buffer) for field, buffer in self._tensors.items()}
+        return self._weight_type(**tensors, **self._plain)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if self.activation is None:
@@ -47,10 +58,12 @@ class QuantizedLinear(nn.Module):
         return quantized_linear(self.activation(input), self.weight, self.bias, result_dtype(input))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # torch leaves it untyped
-        """Move like any module, but keep the scale in float32: ``model.bfloat16()`` must not change the weights."""
-        scale = self.weight_scale
+        """Move like any module, but keep every dtype of the weight: ``model.bfloat16()`` must not change it."""
+        before = {buffer: getattr(self, buffer) for buffer in self._tensors.values()}
         super()._apply(fn, recurse)
-        self.weight_scale = scale.to(self.weight_scale.device)
+        for buffer, tensor in before.items():
+            if getattr(self, buffer).dtype != tensor.dtype:
+                setattr(self, buffer, tensor.to(getattr(self, buffer).device))
         return self
 
     def extra_repr(self) -> str:
@@ -62,3 +75,11 @@ def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer answers in: autocast's where it is on, else that of its input."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _refuse_damaged(weight: QuantizedWeight) -> None:
+    if isinstance(weight, QTensor):
+        if not bool((torch.isfinite(weight.scale) & (weight.scale > 0)).all()):
+            raise InputError("every weight scale must be positive and finite: the weight was damaged or not quantized")
+    elif not bool(torch.isfinite(weight.dequantize()).all()):
+        raise InputError("the quantized weight has values that are not finite: it was damaged or quantized from such")

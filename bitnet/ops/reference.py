@@ -10,27 +10,28 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bitnet.quant.types import QTensor
+from bitnet.quant.types import QTensor, QuantizedWeight
 
 EXACT_SUM = 2**24  # float32 holds every integer up to here
 
 
 def quantized_linear(
-    x: QTensor, weight: QTensor, bias: Float[Tensor, " out"] | None, dtype: torch.dtype
+    x: QTensor, weight: QuantizedWeight, bias: Float[Tensor, " out"] | None, dtype: torch.dtype
 ) -> Float[Tensor, "*rows out"]:
     """Codes in, values out: integer product, rescaling and bias in float32 (see above), rounded once to ``dtype``.
 
     Args:
         x: activations [*rows, in].
         weight: weights [out, in]. Per tensor or per row without zero point the sum is exact as long as it stays below
-            2^24; otherwise (groups, zero points, longer sums) both sides are dequantized to float32 and the sum rounds.
+            2^24; otherwise (groups, zero points, longer sums, weights that are no `QTensor`) both sides are dequantized
+            to float32 and the sum rounds.
         bias: added after the rescaling.
         dtype: of the result.
     """
     with torch.autocast(x.qdata.device.type, enabled=False):  # it would round the codes' product to 16 bits
-        if integer_product_is_exact(x, weight):
+        if isinstance(weight, QTensor) and integer_product_is_exact(x, weight):
             y = matmul_codes(x.qdata, weight.qdata)
-            y *= weight.scale.reshape(-1) * x.scale
+            y *= weight.scale.float().reshape(-1) * x.scale
         else:
             y = _matmul_values(x.dequantize(), weight.dequantize())
         if bias is not None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int8
@@ -11,12 +11,19 @@ from torch import Tensor
 from bitnet.quant.grouping import per_column
 from bitnet.quant.packing import packed_bits
 
-SCALE_BITS = 32
-ZERO_POINT_BITS = 8
 
-
+@runtime_checkable
 class QuantizedWeight(Protocol):
-    """A weight matrix in fewer bits. `QTensor` is one; methods with another structure bring their own."""
+    """A weight matrix in fewer bits: `QTensor`, or a frozen dataclass of tensors and plain values that a method brings.
+
+    Its fields are the arguments it is made from, so that modules, checkpoints and resuming can take it apart and put it
+    together again.
+    """
+
+    @property
+    def shape(self) -> torch.Size:
+        """[out, in]."""
+        ...
 
     @property
     def bits_per_weight(self) -> float:
@@ -38,9 +45,10 @@ class QTensor:
 
     Attributes:
         qdata: codes, int8, shape [*rows, cols].
-        scale: float32 multiplier, shape [*rows or 1, groups].
+        scale: multiplier, shape [*rows or 1, groups]: float32, or a 16-bit dtype in which it is stored and counted.
         levels: number of values a code can take: 2 (signs), 3 (ternary), 255 (absmax int8), 16 (4 bits) ...
-        zero_point: the code that stands for 0.0, int8, in the shape of ``scale``; None where it is code 0.
+        zero_point: the code that stands for 0.0, int8, in the shape of ``scale``; None where it is code 0. It is one of
+            the codes (the range always includes 0.0), so it is stored in as many bits.
         group_size: columns that share a scale; None for the whole row.
     """
 
@@ -50,12 +58,17 @@ class QTensor:
     zero_point: Int8[Tensor, "*scale_rows groups"] | None = None
     group_size: int | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of ``qdata``."""
+        return self.qdata.shape
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The values of the codes, in the shape of ``qdata``: computed in float32 and rounded once to ``dtype``."""
         values = self.qdata.float()  # then in place: int8 * float32 would allocate twice, 1.7x slower for 18M weights
         if self.zero_point is not None:
             values -= self.per_column(self.zero_point)
-        values *= self.per_column(self.scale)
+        values *= self.per_column(self.scale.float())
         return values.to(dtype)
 
     def per_column(self, per_group: Tensor) -> Tensor:
@@ -66,10 +79,10 @@ class QTensor:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits a weight: codes in their densest packing (`packed_bits`), float32 scales, int8 zero points."""
-        bits = packed_bits(self.qdata.shape, self.levels) + self.scale.numel() * SCALE_BITS
+        """Stored bits a weight: codes and zero points in their densest packing (`packed_bits`), scales as they are."""
+        bits = packed_bits(self.qdata.shape, self.levels) + self.scale.numel() * self.scale.element_size() * 8
         if self.zero_point is not None:
-            bits += self.zero_point.numel() * ZERO_POINT_BITS
+            bits += packed_bits(self.zero_point.shape, self.levels)
         return bits / self.qdata.numel()
 
 
