@@ -1,10 +1,16 @@
 """A source opened with its tokenizer: the tokens of each split, and what the run's record says of them."""
 
 import hashlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from bitnet.data.cache import Tokens, cached_tokens, tokens_in_memory
+from bitnet.data.passages import joined_ids
 from bitnet.data.sources import SPLITS, Shard, Source, Split, documents_of
 from bitnet.data.tokenize import DocumentEncoder
 from bitnet.data.tokenizer import TokenizerSpec, fingerprint
@@ -81,6 +87,39 @@ class Corpus:
                 "and none came here; add documents, or cut the text into more of them"
             )
         return tokens
+
+    def joined(self, split: Split, max_tokens: int | None = None) -> Tensor:
+        """The split as one text, int64 [tokens]: see `bitnet.data.passages.joined_ids`. Read from the source anew.
+
+        Raises:
+            InputError: There is nothing in it.
+        """
+        ids = joined_ids(documents_of(self.source, split), self.tokenizer, max_tokens=max_tokens)
+        if len(ids) < 2:
+            raise InputError(
+                f"the {split} split of {self.source.name} must hold at least 2 tokens to predict one, got {len(ids)}: "
+                "add documents"
+            )
+        return ids
+
+    def first_training_ids(self, documents: int) -> Tensor:
+        """The first training documents with their marks, one after the other, int64 [tokens].
+
+        Of a streaming source no more than these documents are read.
+
+        Raises:
+            InputError: ``documents`` is below 1.
+        """
+        if documents < 1:
+            raise InputError(f"calibration.documents must be at least 1, got {documents}")
+        if self.source.streaming:
+            texts = ((text, None) for text in islice(documents_of(self.source, "train"), documents))
+            parts = [ids for ids, _, _ in self.encoder.encode_all(texts)]
+            ids = np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+        else:
+            tokens = self._tokens["train"]
+            ids = tokens.ids[: tokens.starts[documents]] if documents < len(tokens.starts) else tokens.ids
+        return torch.from_numpy(ids.astype(np.int64))
 
     def describe(self) -> dict[str, Any]:
         """Hashes, and documents, tokens and bytes of each split read so far (not of a streamed training split)."""

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed
 from lightning import LightningDataModule
+from torch import Tensor
 
 from bitnet.data.batches import Batch, BatchShape, CachedBatches, EndlessLoader, EvaluationBatches, StreamedBatches
 from bitnet.data.corpus import Corpus
+from bitnet.data.passages import random_windows
 from bitnet.data.shuffle import Position
 from bitnet.data.sources import Source, Split
 from bitnet.data.tokenizer import TokenizerSpec
@@ -176,6 +178,30 @@ class TextDataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
         )
+
+    # Text outside batches
+
+    def joined(self, split: Split, *, max_tokens: int | None = None) -> Tensor:
+        """All documents of a split joined by a blank line and tokenized as one string, int64 [tokens].
+
+        The tokenizer's own marks stand at the ends of the whole (``<s>`` in front, for most), none between documents.
+        ``validation_blocks`` does not limit it; ``max_tokens`` does, and reading stops there.
+
+        Raises:
+            InputError: The split holds fewer than two tokens.
+        """
+        return self.corpus.joined(split, max_tokens)
+
+    def calibration_windows(self, windows: int, window: int, *, documents: int = 400, seed: int = 0) -> Tensor:
+        """Windows of training text to calibrate on, int64 [windows, window]; equal arguments give equal windows.
+
+        The first ``documents`` training documents, each between its marks, follow one another; windows begin at random
+        places of that text and may overlap. `bitnet.data.passages.ids_hash` tells them from others.
+
+        Raises:
+            InputError: A number below 1, or a text shorter than a window.
+        """
+        return random_windows(self.corpus.first_training_ids(documents), windows, window, seed=seed)
 
     @property
     def _shape(self) -> BatchShape:
