@@ -32,8 +32,8 @@ def convert(
         InputError: a pattern that matches no linear; no linear left to convert; a weight that another module shares.
     """
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = _matching(linears, include, "include")
-    left = _heads(model, linears) if exclude is None else _matching(linears, exclude, "exclude")
+    chosen = matching(linears, include, "include")
+    left = _heads(model, linears) if exclude is None else matching(linears, exclude, "exclude")
     names = [name for name in linears if name in chosen and name not in left]
     if names == [""]:
         raise InputError("a linear layer has no place to be replaced in: use BitLinear158.from_linear(layer)")
@@ -41,7 +41,7 @@ def convert(
         raise InputError(
             f"no linear layer to convert among {len(linears)}: include={list(include)}, left out={sorted(left)}"
         )
-    _refuse_shared_weights(model, names)
+    refuse_shared_weights(model, names)
     for name in names:
         model.set_submodule(name, make(linears[name]))
     return names
@@ -75,7 +75,12 @@ def _frozen(name: str, layer: BitLinear) -> nn.Module:
         raise InputError(f"{name}: {error}") from None
 
 
-def _matching(names: Iterable[str], patterns: Sequence[str], what: str) -> set[str]:
+def matching(names: Iterable[str], patterns: Sequence[str], what: str) -> set[str]:
+    """The names that a pattern matches, whole or their end.
+
+    Raises:
+        InputError: a pattern that matches none; ``what`` names the setting it stands in.
+    """
     names = list(names)
     found: set[str] = set()
     for pattern in patterns:
@@ -92,7 +97,8 @@ def _heads(model: nn.Module, linears: dict[str, nn.Linear]) -> set[str]:
     return {name for name, linear in linears.items() if linear is head or name.split(".")[-1] == "lm_head"}
 
 
-def _refuse_shared_weights(model: nn.Module, names: list[str]) -> None:
+def refuse_shared_weights(model: nn.Module, names: Iterable[str]) -> None:
+    """Raise InputError for the first of the layers ``names`` whose weight another module has, too."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)

@@ -1,5 +1,7 @@
 """Post-training quantization: methods, and the driver that takes them through a model block by block."""
 
+from bitnet.ptq.driver import Driver, LayerResult, quantize
+from bitnet.ptq.gptq import GPTQ
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 
-__all__ = ["LayerStats", "PTQMethod", "Statistic"]
+__all__ = ["GPTQ", "Driver", "LayerResult", "LayerStats", "PTQMethod", "Statistic", "quantize"]

@@ -21,6 +21,7 @@ class Statistic(StrEnum):
     HESSIAN = "hessian"  # mean of x x^T
     CROSS = "cross"  # mean of (x - x_fp) x^T, x_fp the input that the full-precision model has there
     MEAN_SQUARE = "mean_square"  # mean of x^2: the diagonal of the Hessian, without the rest
+    ABSMAX = "absmax"  # largest |x|
 
 
 @dataclass(kw_only=True)
@@ -34,12 +35,14 @@ class LayerStats:
         hessian: float32 [in, in], the mean of x x^T.
         cross: float32 [in, in], the mean of (x - x_fp) x^T.
         mean_square: float32 [in], the mean of x^2.
+        absmax: float32 [in], the largest |x|.
     """
 
     n_tokens: int
     hessian: Float[Tensor, "in in"] | None = None
     cross: Float[Tensor, "in in"] | None = None
     mean_square: Float[Tensor, " in"] | None = None
+    absmax: Float[Tensor, " in"] | None = None
     _factors: dict[tuple[float, str], InverseFactor] = field(default_factory=dict, repr=False)
 
     def inverse_factor(self, damping: float, order: Tensor | None = None, *, key: str = "") -> InverseFactor:

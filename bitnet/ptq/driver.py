@@ -1,0 +1,436 @@
+"""Takes a method through a model: block by block, each calibrated on what the already quantized blocks give it.
+
+For every block, stage by stage (the linears that share an input are one stage: q, k, v; o; gate, up; down):
+
+1. run the calibration text through the block as far as the stage, and collect the statistics of its input;
+2. quantize the stage's layers with them, and put the result in their place.
+
+Then the block's outputs become the next block's inputs. At any time the memory holds the model, the inputs of one
+block (in files beyond a budget), and the statistics of one stage: one Hessian.
+"""
+
+import copy
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from jaxtyping import Int64
+from torch import Tensor, nn
+
+from bitnet.errors import InputError
+from bitnet.nn import QuantizedLinear
+from bitnet.nn.convert import matching, refuse_shared_weights
+from bitnet.ptq.blocks import Reached, find_blocks, head_of, linears_of, sharing_an_input, watched, weight_of
+from bitnet.ptq.flow import Flow
+from bitnet.ptq.hessian import relative_error
+from bitnet.ptq.journal import Journal
+from bitnet.ptq.progress import Progress, Silent
+from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
+from bitnet.ptq.statistics import InputStatistics
+from bitnet.quant import Quantizer
+from bitnet.quant.histogram import Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class LayerResult:
+    """What became of one layer.
+
+    Attributes:
+        name: in the model.
+        shape: (out, in).
+        bits_per_weight: every stored bit counted.
+        relative_error: ``tr(D H D^T) / tr(W H W^T)``; None where no calibration text was given.
+        weight_error: ``||D||^2 / ||W||^2``.
+        seconds: of the method, without the collection of statistics.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    bits_per_weight: float
+    relative_error: float | None
+    weight_error: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """How a method is taken through a model.
+
+    Args:
+        batch_size: windows of the calibration text in one forward pass.
+        true_sequential: collect the inputs of each stage anew, with the stages before it quantized already; else those
+            of all stages of a block at once (faster; as many Hessians at a time as a block has stages).
+        smoothquant: strength, 0 to 1, of the migration of the activations' outliers into the weights; None: off.
+        include: patterns of the layers to quantize, as in `bitnet.convert`.
+        exclude: patterns of the layers to leave.
+        head: quantize the output head, too.
+        layer_errors: measure every layer's error on the calibration text, even where the method does not need it.
+        memory_budget: bytes of hidden states to keep in memory; the rest goes to files.
+    """
+
+    batch_size: int = 8
+    true_sequential: bool = True
+    smoothquant: float | None = None
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    head: bool = False
+    layer_errors: bool = True
+    memory_budget: float = 2e9
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise InputError(f"driver.batch_size must be at least 1, got {self.batch_size}")
+        if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
+            raise InputError(f"driver.smoothquant must be between 0 and 1, or null for none, got {self.smoothquant}")
+        if self.memory_budget < 0:
+            raise InputError(f"driver.memory_budget is a number of bytes, got {self.memory_budget}")
+
+
+def quantize(
+    model: nn.Module,
+    method: PTQMethod,
+    calibration: Int64[Tensor, "windows window"] | None = None,
+    *,
+    activation: Quantizer | Any | None = None,
+    driver: Driver | None = None,
+    directory: str | Path | None = None,
+    progress: Progress | None = None,
+) -> list[LayerResult]:
+    """Quantize the linear layers in the blocks of ``model``, in place, and return what became of each.
+
+    Args:
+        model: a causal language model (transformers or alike, called as ``model(input_ids, use_cache=False)``).
+        method: `RoundToNearest`, `GPTQ`, `KQuant`, ...
+        calibration: token ids, windows of one length; None for a method that needs none.
+        activation: quantizes the inputs of the quantized layers, too; a `StaticActivation` is calibrated here.
+        driver: options.
+        directory: keeps each finished block, so that a call with the same arguments goes on where one was killed and
+            ends with the same result; None keeps nothing.
+        progress: is told of every layer and block.
+
+    Raises:
+        InputError: the model, the text or the options cannot be used, or ``directory`` belongs to other ones. The model
+            may then be quantized in part.
+    """
+    work = _Work(model, method, calibration, activation, driver or Driver(), progress or Silent())
+    return work.run(None if directory is None else Path(directory))
+
+
+class _Work:
+    """One call of `quantize`: its arguments, and the results so far."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: PTQMethod,
+        calibration: Tensor | None,
+        activation: Quantizer | Any | None,
+        options: Driver,
+        progress: Progress,
+    ) -> None:
+        self.model, self.method, self.options, self.progress = model, method, options, progress
+        self.activation = _one_activation(method, activation)
+        self.calibration = _own_share(_checked(calibration, self._needs_text()))
+        self.prefix, self.blocks = find_blocks(model)
+        self.chosen = self._chosen()
+        self.results: list[LayerResult] = []
+
+    def run(self, directory: Path | None) -> list[LayerResult]:
+        journal = None if directory is None else Journal(directory, self._identity())
+        self.progress.begin(len(self.blocks))
+        try:
+            with torch.no_grad(), _evaluating(self.model):
+                with self._flow() as flow:
+                    for index, block in enumerate(self.blocks):
+                        self._block(index, block, flow, journal)
+                if self.options.head:
+                    self._head()
+        finally:
+            self.progress.end()
+        return self.results
+
+    # What is to be done
+
+    def _needs_text(self) -> list[str]:
+        """What cannot be done without calibration text."""
+        needs = [f"{type(self.method).__name__}"] * bool(self.method.requires)
+        needs += ["a static activation range"] * hasattr(self.activation, "calibrated")
+        return needs + ["SmoothQuant"] * (self.options.smoothquant is not None)
+
+    def _chosen(self) -> dict[int, list[str]]:
+        """The names, inside its block, of the linears of each block to quantize."""
+        names = {
+            f"{self.prefix}.{index}.{name}": (index, name)
+            for index, block in enumerate(self.blocks)
+            for name in linears_of(block)
+        }
+        include = matching(names, self.options.include, "include")
+        exclude = matching(names, self.options.exclude, "exclude")
+        kept = [name for name in names if name in include and name not in exclude]
+        if not kept:
+            raise InputError(f"nothing is left to quantize: exclude={list(self.options.exclude)} takes every layer out")
+        refuse_shared_weights(self.model, kept)
+        chosen: dict[int, list[str]] = {index: [] for index in range(len(self.blocks))}
+        for name in kept:
+            index, inner = names[name]
+            chosen[index].append(inner)
+        return chosen
+
+    def _wanted(self) -> set[Statistic]:
+        errors = self.options.layer_errors and self.calibration is not None
+        return set(self.method.requires) | ({Statistic.HESSIAN} if errors else set())
+
+    def _identity(self) -> dict[str, object]:
+        return {
+            "method": repr(self.method),
+            "activation": repr(self.activation),
+            "driver": repr(self.options),
+            "calibration": self.calibration,
+            "model": self.model,
+        }
+
+    def _flow(self) -> Flow:
+        return Flow(
+            self.model,
+            self.blocks,
+            self.calibration,
+            batch_size=self.options.batch_size,
+            memory_budget=self.options.memory_budget,
+            full_precision=Statistic.CROSS in self.method.requires,
+        )
+
+    # Block by block
+
+    def _block(self, index: int, block: nn.Module, flow: Flow, journal: Journal | None) -> None:
+        original = copy.deepcopy(block) if flow.full_precision else None
+        resumed = journal is not None and journal.has(index)
+        if journal is not None and resumed:
+            self._restore(index, block, journal)
+        else:
+            first = len(self.results)
+            self._smooth(index, block, flow)
+            stages = self._stages(index, block, flow)
+            for together in [[stage] for stage in stages] if self.options.true_sequential else [stages]:
+                for stage, inputs in zip(together, self._collect(index, block, original, together, flow), strict=True):
+                    self._quantize(f"{self.prefix}.{index}", block, stage, inputs)
+            if journal is not None:
+                self._keep(index, block, journal, self.results[first:])
+        if index + 1 < len(self.blocks) or self.options.head:
+            flow.advance(index, block, original)
+        self.progress.block(index + 1, resumed=resumed)
+
+    def _keep(self, index: int, block: nn.Module, journal: Journal, results: list[LayerResult]) -> None:
+        layers = {name: block.get_submodule(name) for name in self.chosen[index]}
+        extra: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            if isinstance(layer.activation, nn.Module):
+                extra |= {f"{name}.activation.{key}": value for key, value in layer.activation.state_dict().items()}
+        if self.options.smoothquant is not None:  # norms, and linears that stay dense, have changed too
+            quantized = tuple(f"{name}." for name in layers)
+            extra |= {key: value for key, value in block.state_dict().items() if not key.startswith(quantized)}
+        journal.keep(index, {name: layer.weight for name, layer in layers.items()}, extra, results)  # pyright: ignore
+
+    def _restore(self, index: int, block: nn.Module, journal: Journal) -> None:
+        weights, extra, results = journal.restore(index)
+        for name, weight in weights.items():
+            activation = self.activation
+            if hasattr(activation, "calibrated"):
+                prefix = f"{name}.activation."
+                state = {key.removeprefix(prefix): extra.pop(key) for key in list(extra) if key.startswith(prefix)}
+                activation = activation.restored(state)
+            layer = block.get_submodule(name)
+            block.set_submodule(name, QuantizedLinear(weight, layer.bias, activation))  # pyright: ignore
+        block.load_state_dict(extra, strict=False)
+        self.results += [_result(each) for each in results]
+
+    def _stages(self, index: int, block: nn.Module, flow: Flow) -> list[list[str]]:
+        """The chosen linears of a block, in the order in which the text reaches them; those with one input together."""
+        names = self.chosen[index]
+        if not len(flow):
+            return [names]
+        stages: list[list[str]] = []
+        for hidden, _ in flow.states():
+            missing = [name for name in names if all(name not in stage for stage in stages)]
+            if not missing:
+                return stages
+            stages += sharing_an_input(block, missing, lambda hidden=hidden: flow.call(index, block, hidden))
+        missing = [name for name in names if all(name not in stage for stage in stages)]
+        if missing:
+            raise InputError(
+                f"no calibration token reaches {self.prefix}.{index}.{missing[0]}"
+                f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}: give more text "
+                "(calibration.windows), or leave them out (driver.exclude)"
+            )
+        return stages
+
+    def _collect(
+        self, index: int, block: nn.Module, original: nn.Module | None, stages: list[list[str]], flow: Flow
+    ) -> list["_Inputs"]:
+        """What each stage's method and activation quantizer have to know of its inputs."""
+        columns = [weight_of(block.get_submodule(stage[0])).shape[1] for stage in stages]
+        inputs = [_Inputs(self._wanted(), each, self.activation, self.device) for each in columns]
+        if not any(each.wants_anything for each in inputs) or not len(flow):
+            return inputs
+        leads = {stage[0]: each for stage, each in zip(stages, inputs, strict=True)}
+        for hidden, original_hidden in flow.states():
+            expected: dict[str, list[Tensor]] = {name: [] for name in leads}
+            if original is not None:
+                with watched(original, list(leads), lambda name, x, seen=expected: seen[name].append(x), stop=True):
+                    _until_reached(lambda h=original_hidden: flow.call(index, original, h))
+
+            def see(name: str, x: Tensor, expected: dict[str, list[Tensor]] = expected) -> None:
+                leads[name].update(x, expected[name].pop(0) if expected[name] else None)
+
+            with watched(block, list(leads), see, stop=True):
+                _until_reached(lambda h=hidden: flow.call(index, block, h))
+        for name, each in leads.items():
+            each.finish(f"{self.prefix}.{index}.{name}")
+        return inputs
+
+    def _quantize(self, prefix: str, parent: nn.Module, names: list[str], inputs: "_Inputs") -> None:
+        """Quantize the layers ``names`` of ``parent``, which all have these inputs, and put them in their places."""
+        for name in names:
+            layer, full_name = parent.get_submodule(name), f"{prefix}.{name}" if prefix else name
+            weight, began = weight_of(layer), time.perf_counter()
+            try:
+                quantized = self.method.quantize(weight, inputs.stats)
+                seconds = time.perf_counter() - began
+                replacement = QuantizedLinear(quantized, layer.bias, inputs.quantizer())  # pyright: ignore
+            except InputError as error:
+                raise InputError(f"{full_name}: {error}") from error
+            parent.set_submodule(name, replacement)
+            values, exact = quantized.dequantize(), weight.float()
+            hessian = None if inputs.stats is None else inputs.stats.hessian
+            error = None if hessian is None else relative_error(exact, values, hessian)
+            size = float(exact.square().sum())
+            weight_error = float((exact - values).square().sum()) / size if size else 0.0
+            shape = (weight.shape[0], weight.shape[1])
+            self.results.append(LayerResult(full_name, shape, quantized.bits_per_weight, error, weight_error, seconds))
+            self.progress.layer(full_name, error)
+
+    def _smooth(self, index: int, block: nn.Module, flow: Flow) -> None:
+        """Migrate the outliers of the block's inputs into its weights (SmoothQuant), where that is asked for."""
+        if self.options.smoothquant is None:
+            return
+        from bitnet.ptq.smoothquant import smooth_, smoothing_pairs
+
+        first = next(iter(flow.states()))[0]
+        names = linears_of(block)
+        largest = {
+            name: InputStatistics([Statistic.ABSMAX], weight_of(layer).shape[1], self.device)
+            for name, layer in names.items()
+        }
+        with watched(block, list(names), lambda name, x: largest[name].update(x)):
+            for hidden, _ in flow.states():
+                flow.call(index, block, hidden)
+        for norm, linears in smoothing_pairs(block, lambda: flow.call(index, block, first)):
+            statistics = largest[linears[0]]
+            statistics.all_reduce()
+            absmax = statistics.finish(f"{self.prefix}.{index}.{linears[0]}").absmax
+            assert absmax is not None
+            smooth_(
+                block.get_submodule(norm),
+                [block.get_submodule(name) for name in linears],
+                absmax,
+                self.options.smoothquant,
+            )
+
+    def _head(self) -> None:
+        """Quantize the output head, calibrated on the whole quantized model."""
+        name, head = head_of(self.model)
+        refuse_shared_weights(self.model, [name])
+        inputs = _Inputs(self._wanted(), weight_of(head).shape[1], self.activation, self.device)
+        if self.calibration is not None and inputs.wants_anything:
+            with watched(self.model, [name], lambda _, x: inputs.update(x, None), stop=True):
+                for batch in self.calibration.split(self.options.batch_size):
+                    _until_reached(lambda batch=batch: self.model(batch.to(self.device), use_cache=False))
+            inputs.finish(name)
+        self._quantize("", self.model, [name], inputs)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+
+class _Inputs:
+    """What is collected of one stage's inputs, and what was made of it."""
+
+    def __init__(
+        self, wanted: set[Statistic], columns: int, activation: Quantizer | Any | None, device: torch.device
+    ) -> None:
+        self.stats: LayerStats | None = None
+        self._sums = InputStatistics(wanted, columns, device)
+        self._activation = activation
+        self._histogram = Histogram() if hasattr(activation, "calibrated") else None
+        self.wants_anything = bool(wanted) or self._histogram is not None
+
+    def update(self, x: Tensor, full_precision: Tensor | None) -> None:
+        self._sums.update(x, full_precision)
+        if self._histogram is not None:
+            self._histogram.update(x)
+
+    def finish(self, name: str) -> None:
+        self._sums.all_reduce()
+        self.stats = self._sums.finish(name)
+
+    def quantizer(self) -> Quantizer | None:
+        """What quantizes the inputs of one layer."""
+        if hasattr(self._activation, "calibrated"):
+            assert self._histogram is not None
+            return self._activation.calibrated(self._histogram)  # pyright: ignore
+        return self._activation
+
+
+def _result(stored: dict[str, Any]) -> LayerResult:
+    return LayerResult(**(stored | {"shape": tuple(stored["shape"])}))
+
+
+def _until_reached(forward: Callable[[], object]) -> None:
+    with suppress(Reached):
+        forward()
+
+
+def _one_activation(method: PTQMethod, activation: Quantizer | Any | None) -> Quantizer | Any | None:
+    own = getattr(method, "activation", None)
+    if own is not None and activation is not None:
+        raise InputError(
+            f"{type(method).__name__} quantizes the activations itself, and a second quantizer for them was given: "
+            "leave out activation=, or choose a method for weights alone"
+        )
+    return own if activation is None else activation
+
+
+def _checked(calibration: Tensor | None, needs: list[str]) -> Tensor | None:
+    if calibration is None:
+        if needs:
+            raise InputError(f"{' and '.join(needs)} need calibration text: give token ids [windows, window]")
+        return None
+    if calibration.dim() != 2 or calibration.is_floating_point() or not calibration.numel():
+        raise InputError(
+            f"calibration must be token ids, integers [windows, window], got {calibration.dtype} "
+            f"{list(calibration.shape)}"
+        )
+    return calibration.long()
+
+
+def _own_share(calibration: Tensor | None) -> Tensor | None:
+    """Of several processes each runs every so many windows; the statistics are reduced."""
+    if calibration is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return calibration
+    return calibration[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and back in the mode it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
