@@ -28,15 +28,16 @@ def joined_ids(
 ) -> Tensor:
     """Return the ids of all documents joined by a blank line, int64 [n], with the marks that the tokenizer adds itself.
 
-    A document that spells out a mark is encoded as those characters, never as the mark. With ``max_tokens`` the first
-    so many ids; no more documents are read than they take.
+    The ids are those of ``tokenizer(text)``, so that figures compare with those of other programs: a document that
+    spells out a mark gives the mark, unlike in training batches. With ``max_tokens`` the first so many ids; no more
+    documents are read than they take.
     """
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # a copy, whose switches we may set
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True
+    backend.encode_special_tokens = False  # of 250,876 tokens of C4 validation text it makes two ``</s>``, not 250,880
     before, after = _own_marks(backend)
     parts, count = [before], len(before)
     for piece in _joined_pieces(documents):
