@@ -54,10 +54,11 @@ class LossSummary:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(*models: nn.Module) -> Iterator[None]:
     """Every module in evaluation mode, and each back in the mode it had (a part may be frozen on purpose)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
     try:
         yield
     finally:
@@ -100,7 +101,7 @@ def evaluate_loss(
     """
     device = torch.device(device) if device is not None else next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for batch in islice(batches, max_batches):
             total += _batch_loss(model, batch, device)
     nll_sum, n_tokens = total.tolist()
