@@ -14,7 +14,7 @@ from torch import Tensor
 from bitnet.errors import InputError
 from bitnet.quant.absmax import check_bits
 from bitnet.quant.grouping import Granularity, group_size_of, grouped
-from bitnet.quant.ranges import range_rule
+from bitnet.quant.ranges import Codes, RangeRule, Sample, range_rule
 from bitnet.quant.rounding import round_to_codes
 from bitnet.quant.types import QTensor
 
@@ -29,15 +29,20 @@ class Grid:
         bits: 2 to 8; or 1.58 for the three levels -1, 0, +1 (symmetric).
         symmetric: codes -(2^(bits-1) - 1) to 2^(bits-1) - 1 without a zero point; else all 2^bits codes with one.
         granularity: "tensor", "row" or a group size: what shares a scale.
-        range: "minmax", "percentile", "mse", "entropy" or "absmean" (ternary only); see `bitnet.quant.ranges`.
+        range: "minmax", "percentile", "mse", "entropy" (one scale a tensor only) or "absmean" (ternary only); see
+            `bitnet.quant.ranges`.
         scale_dtype: "float16", "bfloat16" or "float32": how scales are stored.
+        percentile: share of the values that range percentile covers, in percent.
+        norm: exponent of the error that range mse minimises; GPTQ's is 2.4.
     """
 
-    bits: float = 4
+    bits: float | int = 4
     symmetric: bool = False
     granularity: Granularity = 128
     range: str = "minmax"
     scale_dtype: str = "float16"
+    percentile: float | int = 99.9
+    norm: float | int = 2.0
 
     def __post_init__(self) -> None:
         if self.bits != 1.58:
@@ -47,7 +52,16 @@ class Grid:
         elif not self.symmetric:
             raise InputError("ternary weights (bits=1.58) have a symmetric grid: set symmetric=true")
         group_size_of(self.granularity)
-        range_rule(self.range)
+        self._rule  # noqa: B018  # raises for a name or an option that is wrong
+        if self.range == "entropy" and self.granularity != "tensor":
+            raise InputError(
+                f"range entropy compares distributions, which the values of one scale are too few for: set "
+                f"granularity=tensor, got {self.granularity}, or choose range=mse"
+            )
+        if self.range == "absmean" and self.bits != 1.58:
+            raise InputError(
+                f"range absmean is for ternary weights (bits=1.58), got bits={self.bits}: choose range=mse"
+            )
         if self.scale_dtype not in SCALE_DTYPES:
             raise InputError(f"scale_dtype must be one of {', '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
 
@@ -60,12 +74,21 @@ class Grid:
     @property
     def low(self) -> int:
         """The smallest code."""
-        return -(self.levels // 2)
+        return self.codes.low
 
     @property
     def high(self) -> int:
         """The largest code."""
-        return self.low + self.levels - 1
+        return self.codes.high
+
+    @property
+    def codes(self) -> Codes:
+        """The codes, and the dtype of their scale."""
+        return Codes(self.levels, self.symmetric, SCALE_DTYPES[self.scale_dtype])
+
+    @property
+    def _rule(self) -> RangeRule:
+        return range_rule(self.range, percent=self.percentile, norm=self.norm)
 
     def fit(
         self, weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None = None
@@ -77,21 +100,13 @@ class Grid:
             importance: weight of each column's squared error where the range is searched; None: all equal.
         """
         values = grouped(weight.float(), self.granularity)
+        counts = None
+        if values.numel() > weight.numel():  # a narrow last group was filled up with zeros that are no weights
+            counts = grouped(torch.ones_like(weight[:1], dtype=torch.float32), self.granularity)
         if importance is not None:
             importance = grouped(importance.float().expand_as(weight), self.granularity)
-        low, high = range_rule(self.range)(values, importance, self.levels, self.symmetric)
-        return self.parameters(low, high)
-
-    def parameters(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point of the grid over [low, high]; ``low <= 0 <= high``."""
-        span = (high - low).clamp(min=1e-5)
-        scale = span / torch.full_like(span, self.levels - 1)
-        dtype = SCALE_DTYPES[self.scale_dtype]
-        stored = scale.to(dtype).clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
-        if self.symmetric:
-            return stored, None
-        zero = ((-low / stored.float()).round() + self.low).clamp(self.low, self.high)
-        return stored, zero.to(torch.int8)
+        low, high = self._rule(Sample.of_values(values, counts, importance), self.codes)
+        return self.codes.parameters(low, high)
 
     def round(self, weight: Float[Tensor, "out in"], scale: Tensor, zero_point: Tensor | None) -> QTensor:
         """``weight`` on the grid of ``scale`` and ``zero_point``: half to even, in float32."""
