@@ -3,5 +3,6 @@
 from bitnet.ptq.driver import Driver, LayerResult, quantize
 from bitnet.ptq.gptq import GPTQ
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
+from bitnet.ptq.rtn import RoundToNearest
 
-__all__ = ["GPTQ", "Driver", "LayerResult", "LayerStats", "PTQMethod", "Statistic", "quantize"]
+__all__ = ["GPTQ", "Driver", "LayerResult", "LayerStats", "PTQMethod", "RoundToNearest", "Statistic", "quantize"]
