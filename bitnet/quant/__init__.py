@@ -3,17 +3,22 @@
 from bitnet.quant.absmax import absmax, absmax_b1
 from bitnet.quant.absmean import absmean_ternary
 from bitnet.quant.grouping import Granularity
+from bitnet.quant.histogram import Histogram
 from bitnet.quant.packing import pack, packed_bits, unpack
 from bitnet.quant.sign import centred_sign
+from bitnet.quant.static import FixedRange, StaticActivation
 from bitnet.quant.ste import fake_quantize, straight_through
 from bitnet.quant.types import QTensor, QuantizedWeight, Quantizer
 from bitnet.quant.zero_point import zero_point
 
 __all__ = [
+    "FixedRange",
     "Granularity",
+    "Histogram",
     "QTensor",
     "QuantizedWeight",
     "Quantizer",
+    "StaticActivation",
     "absmax",
     "absmax_b1",
     "absmean_ternary",
