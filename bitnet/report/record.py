@@ -22,7 +22,7 @@ import torch
 from bitnet.errors import InputError
 from bitnet.files import atomic_file
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had none of the fields from `claimed_bits` on
 PACKAGES = ("bitnet-qat", "torch", "lightning", "transformers", "tokenizers", "datasets")
 
 
@@ -54,6 +54,16 @@ class RunRecord:
     machine: dict[str, Any]
     started: str  # ISO 8601, with its time zone
     seconds: float
+    claimed_bits: float | None = None  # bits a weight that the method goes by
+    nll_interval: list[float] | None = None  # low and high, 95 %
+    gap: float | None = None  # nats a token above the full-precision model, measured on the same tokens
+    gap_interval: list[float] | None = None  # low and high, 95 %, of the paired difference
+    kl: float | None = None  # mean KL(full precision || this model), nats a token
+    top1_agreement: float | None = None  # share of tokens where both hold the same one for the likeliest
+    quantize_seconds: float | None = None  # of post-training quantization, calibration included
+    evaluation: dict[str, Any] | None = None  # the protocol: text, its hash, window, stride, predicted tokens
+    calibration: dict[str, Any] | None = None  # windows and their hash; None where there was no calibration
+    tasks: dict[str, float] | None = None  # lm-eval's figures by task/metric
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -71,7 +81,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Return the record in ``path``.
+        """Return the record in ``path``; one of an earlier format has None in the fields that it lacks.
 
         Raises:
             InputError: There is no such file, it is no json, of another format version, or its fields are not those of
@@ -85,9 +95,11 @@ class RunRecord:
             raise InputError(f"{path} is no run record: {error}") from error
         if not isinstance(stored, dict):
             raise InputError(f"{path} is no run record: expected a json object, got {type(stored).__name__}")
-        if (version := stored.get("format_version")) != FORMAT_VERSION:
-            raise InputError(f"{path} has run record format {version}, this version reads {FORMAT_VERSION}")
-        names = {each.name for each in dataclasses.fields(cls)}
+        if (version := stored.pop("format_version", None)) not in range(1, FORMAT_VERSION + 1):
+            raise InputError(f"{path} has run record format {version}, this version reads 1 to {FORMAT_VERSION}")
+        names = {each.name for each in dataclasses.fields(cls)} - {"format_version"}
+        if version == 1:
+            names -= {each.name for each in dataclasses.fields(cls) if each.default is None}
         if wrong := sorted(names ^ stored.keys()):
             missing = [name for name in wrong if name in names]
             raise InputError(f"{path} is no run record: missing {missing}, unknown {sorted(set(wrong) - names)}")

@@ -1,6 +1,6 @@
 """Results side by side: the same rows for the terminal (Rich) and for a document (Markdown)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -8,69 +8,124 @@ from rich.table import Table
 from bitnet.errors import InputError
 from bitnet.report.record import RunRecord
 
-SAME_TOKENS = ("name", "corpus_hash", "tokenizer_hash", "block_size", "validation_blocks", "isolate_documents")
+SAME_TEXT = ("name", "corpus_hash", "tokenizer_hash")
+SAME_BLOCKS = ("block_size", "validation_blocks", "isolate_documents")
 DENSE = "dense"  # RunRecord.method of a full-precision twin
-HEADINGS = ("method", "loss", "gap", "perplexity", "bits/byte", "bits/weight", "MB")
+FULL_PRECISION = (DENSE, "full precision", "hf")
+PACKED = {"text": "packed"}  # the protocol of records that name none
 LEGEND = (
-    "loss: nats a token of the validation text; gap: to the dense twin; bits/weight: of the linear layers, every "
-    "stored bit counted; MB: the whole model, embeddings included."
+    "loss: nats a token of the validation text; gap: to the full-precision model; bits/weight: of the linear layers, "
+    "every stored bit counted; MB: the whole model, embeddings included."
 )
+MORE_LEGEND = {
+    "gap ±": "±: half the 95 % interval of the gap, windows of text resampled",
+    "claimed": "claimed: the bits that the method goes by",
+    "KL": "KL: divergence of the predictions from the full-precision model's, nats a token",
+    "top-1": "top-1: tokens for which both models hold the same one for the likeliest",
+    "quantize s": "quantize s: seconds of quantization, calibration included",
+}
+OPTIONAL = {  # columns that are there where a record has the field
+    "gap ±": "gap_interval",
+    "KL": "kl",
+    "top-1": "top1_agreement",
+    "claimed": "claimed_bits",
+    "quantize s": "quantize_seconds",
+}
 UNKNOWN = "—"
+
+
+Cell = Callable[[RunRecord, Sequence[RunRecord]], str]
 
 
 def results_table(records: Sequence[RunRecord], *, title: str | None = None) -> Table:
     """Return a Rich table, one row a record: losses and gaps in nats per token, MB of 10^6 bytes.
 
-    The gap is to the dense row on the same data; it stays empty where there is none, because losses on different texts
-    or tokens cannot be subtracted.
+    The gap is the one measured beside the full-precision model or, where a record has none, the difference to the
+    first full-precision row of the same model on the same tokens. It stays empty where there is neither: losses on
+    different texts, tokens or windows cannot be subtracted. Figures that no record has get no column.
 
     Raises:
         InputError: There is no record.
     """
-    rows = _rows(records)
+    columns = _columns(records)
     table = Table(
-        title=title, title_justify="left", caption=LEGEND, caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=title,
+        title_justify="left",
+        caption=_legend(columns),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for index, heading in enumerate(HEADINGS):
+    for index, heading in enumerate(columns):
         table.add_column(heading, justify="left" if index == 0 else "right", no_wrap=index == 0)
-    for row in rows:
-        table.add_row(*row)
+    for record in records:
+        table.add_row(*(cell(record, records) for cell in columns.values()))
     return table
 
 
 def results_markdown(records: Sequence[RunRecord]) -> str:
     """Return the rows of `results_table` as a Markdown table."""
-    rows = [HEADINGS, ["---", *["---:"] * (len(HEADINGS) - 1)], *_rows(records)]
-    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{LEGEND}\n"
+    columns = _columns(records)
+    rows = [list(columns), ["---", *["---:"] * (len(columns) - 1)]]
+    rows += [[cell(record, records) for cell in columns.values()] for record in records]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows) + f"\n{_legend(columns)}\n"
 
 
-def _rows(records: Sequence[RunRecord]) -> list[list[str]]:
+def is_full_precision(record: RunRecord) -> bool:
+    """Whether the record is of a model in which nothing is quantized."""
+    return record.method in FULL_PRECISION
+
+
+def gap_of(record: RunRecord, records: Sequence[RunRecord]) -> float | None:
+    """Nats per token above full precision: as measured, or to the first such record of the same model and tokens."""
+    if record.gap is not None:
+        return record.gap
+    if is_full_precision(record) or record.nll is None:
+        return None
+    alike = [each for each in records if is_full_precision(each) and each.model == record.model]
+    twin = next((each for each in alike if same_tokens(each, record)), None)
+    return None if twin is None or twin.nll is None else record.nll - twin.nll
+
+
+def same_tokens(one: RunRecord, other: RunRecord) -> bool:
+    """Whether two losses are of the same tokens, each predicted from the same ones before it."""
+    protocol = one.evaluation or PACKED
+    keys = SAME_TEXT + SAME_BLOCKS if protocol.get("text") == PACKED["text"] else SAME_TEXT
+    return protocol == (other.evaluation or PACKED) and all(one.data.get(key) == other.data.get(key) for key in keys)
+
+
+def _columns(records: Sequence[RunRecord]) -> dict[str, Cell]:
     if not records:
         raise InputError("expected at least one run record for a table, got none")
-    return [
-        [
-            record.method,
-            _number(record.nll, ".4f"),
-            _number(_gap(record, records), "+.4f"),
-            _number(record.perplexity, ".2f"),
-            _number(record.bits_per_byte, ".4f"),
-            _number(record.bits_per_weight, ".3f"),
-            _number(record.bytes / 1e6, ".2f"),
-        ]
-        for record in records
-    ]
+
+    def figure(name: str, format_spec: str) -> Cell:
+        return lambda record, _: _number(getattr(record, name), format_spec)
+
+    columns: dict[str, Cell] = {
+        "method": lambda record, _: record.method,
+        "loss": figure("nll", ".4f"),
+        "gap": lambda record, all_of_them: _number(gap_of(record, all_of_them), "+.4f"),
+        "gap ±": lambda record, _: _number(_half_width(record.gap_interval), ".4f"),
+        "KL": figure("kl", ".4f"),
+        "top-1": figure("top1_agreement", ".1%"),
+        "perplexity": figure("perplexity", ".2f"),
+        "bits/byte": figure("bits_per_byte", ".4f"),
+        "claimed": figure("claimed_bits", ".2f"),
+        "bits/weight": figure("bits_per_weight", ".3f"),
+        "MB": lambda record, _: _number(record.bytes / 1e6, ".2f"),
+        "quantize s": figure("quantize_seconds", ".1f"),
+    }
+    absent = [heading for heading, name in OPTIONAL.items() if all(getattr(record, name) is None for record in records)]
+    return {heading: cell for heading, cell in columns.items() if heading not in absent}
 
 
-def _gap(record: RunRecord, records: Sequence[RunRecord]) -> float | None:
-    """Nats per token above the dense twin: the first dense record of the same tokens."""
-    twin = next((each for each in records if each.method == DENSE and _same_tokens(each, record)), None)
-    if twin is None or twin is record or record.nll is None or twin.nll is None:
-        return None
-    return record.nll - twin.nll
+def _legend(columns: Iterable[str]) -> str:
+    more = [MORE_LEGEND[heading] for heading in columns if heading in MORE_LEGEND]
+    return LEGEND if not more else "; ".join([LEGEND.removesuffix("."), *more]) + "."
 
 
-def _same_tokens(one: RunRecord, other: RunRecord) -> bool:
-    return all(one.data.get(key) == other.data.get(key) for key in SAME_TOKENS)
+def _half_width(interval: Sequence[float] | None) -> float | None:
+    return None if interval is None else (interval[1] - interval[0]) / 2
 
 
 def _number(value: float | None, format_spec: str) -> str:

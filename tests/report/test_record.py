@@ -58,6 +58,40 @@ def test_a_file_of_other_fields_is_refused(make_record, tmp_path, edit, message)
         RunRecord.read(path)
 
 
+def test_a_record_of_the_first_format_is_read_with_nothing_in_the_new_fields(make_record, tmp_path):
+    path = make_record(kl=0.5).write(tmp_path / "run.json")
+    stored = json.loads(path.read_text())
+    new = "claimed_bits nll_interval gap gap_interval kl top1_agreement quantize_seconds evaluation calibration tasks"
+    for name in new.split():
+        del stored[name]
+    path.write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="missing"):  # the second format has them all
+        RunRecord.read(path)
+    path.write_text(json.dumps(stored | {"format_version": 1}))
+    assert RunRecord.read(path) == make_record()
+    path.write_text(json.dumps(stored | {"format_version": 1, "kl": 0.5}))
+    with pytest.raises(InputError, match=r"unknown \['kl'\]"):
+        RunRecord.read(path)
+
+
+def test_the_figures_of_a_comparison_read_back_as_they_were_written(make_record, tmp_path):
+    record = make_record(
+        claimed_bits=4.0,
+        nll_interval=[4.0, 4.5],
+        gap=0.25,
+        gap_interval=[0.2, 0.3],
+        kl=0.2,
+        top1_agreement=0.9,
+        quantize_seconds=12.5,
+        evaluation={"text": "joined", "window": 256, "stride": 256, "predicted_tokens": 249_896},
+        calibration={"windows": 128},
+        tasks={"arc_easy/acc": 0.5},
+    )
+    assert RunRecord.read(record.write(tmp_path / "run.json")) == record
+    with pytest.raises(InputError, match=r"gap_interval.1 = inf"):
+        make_record(gap_interval=[0.0, float("inf")])
+
+
 @pytest.mark.parametrize("content", ["", '{"nll": 1', "[1, 2]", "\udc80"])
 def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, content):
     path = tmp_path / "run.json"
