@@ -47,6 +47,8 @@ class LayerResult:
         relative_error: ``tr(D H D^T) / tr(W H W^T)``; None where no calibration text was given.
         weight_error: ``||D||^2 / ||W||^2``.
         seconds: of the method, without the collection of statistics.
+        damping: share of the Hessian's mean diagonal that was added to it: what the method was told, or more where that
+            did not make it positive definite; None where no Hessian was factored.
     """
 
     name: str
@@ -55,6 +57,7 @@ class LayerResult:
     relative_error: float | None
     weight_error: float
     seconds: float
+    damping: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -242,7 +245,7 @@ class _Work:
             if hasattr(activation, "calibrated"):
                 prefix = f"{name}.activation."
                 state = {key.removeprefix(prefix): extra.pop(key) for key in list(extra) if key.startswith(prefix)}
-                activation = activation.restored(state)
+                activation = activation.restored(state)  # pyright: ignore
             layer = block.get_submodule(name)
             block.set_submodule(name, QuantizedLinear(weight, layer.bias, activation))  # pyright: ignore
         block.load_state_dict(extra, strict=False)
@@ -310,7 +313,9 @@ class _Work:
             size = float(exact.square().sum())
             weight_error = float((exact - values).square().sum()) / size if size else 0.0
             shape = (weight.shape[0], weight.shape[1])
-            self.results.append(LayerResult(full_name, shape, quantized.bits_per_weight, error, weight_error, seconds))
+            damping = None if inputs.stats is None else inputs.stats.damping
+            bits = quantized.bits_per_weight
+            self.results.append(LayerResult(full_name, shape, bits, error, weight_error, seconds, damping))
             self.progress.layer(full_name, error)
 
     def _smooth(self, index: int, block: nn.Module, flow: Flow) -> None:
@@ -387,7 +392,8 @@ class _Inputs:
 
 
 def _result(stored: dict[str, Any]) -> LayerResult:
-    return LayerResult(**(stored | {"shape": tuple(stored["shape"])}))
+    stored["shape"] = tuple(stored["shape"])
+    return LayerResult(**stored)
 
 
 def _until_reached(forward: Callable[[], object]) -> None:

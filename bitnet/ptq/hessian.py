@@ -70,9 +70,10 @@ def relative_error(
     weight: Float[Tensor, "out in"], quantized: Float[Tensor, "out in"], hessian: Float[Tensor, "in in"]
 ) -> float:
     """``tr(D H D^T) / tr(W H W^T)``, D = W - Q: the output's squared error as a share of the output. 0 for W = 0."""
-    difference = weight.float() - quantized.float()
+    weight = weight.to(hessian.dtype)
+    difference = weight - quantized.to(hessian.dtype)
     error = float(((difference @ hessian) * difference).sum(dtype=torch.float64))
-    size = float(((weight.float() @ hessian) * weight.float()).sum(dtype=torch.float64))
+    size = float(((weight @ hessian) * weight).sum(dtype=torch.float64))
     return error / size if size > 0 else 0.0
 
 

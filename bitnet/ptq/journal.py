@@ -9,8 +9,10 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -128,4 +130,8 @@ def _fingerprint(value: object) -> str:
     if isinstance(value, Tensor):
         contents = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
         return f"{list(value.shape)} {hashlib.sha256(contents).hexdigest()[:16]}"
+    if isinstance(value, partial):
+        return f"{_fingerprint(value.func)} {value.args} {value.keywords}"
+    if isinstance(value, FunctionType):
+        return f"{value.__module__}:{value.__qualname__}"  # its repr has an address
     return repr(value)

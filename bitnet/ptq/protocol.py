@@ -36,6 +36,7 @@ class LayerStats:
         cross: float32 [in, in], the mean of (x - x_fp) x^T.
         mean_square: float32 [in], the mean of x^2.
         absmax: float32 [in], the largest |x|.
+        damping: the largest share of the mean diagonal that a factorization of this Hessian needed; None before one.
     """
 
     n_tokens: int
@@ -43,6 +44,7 @@ class LayerStats:
     cross: Float[Tensor, "in in"] | None = None
     mean_square: Float[Tensor, " in"] | None = None
     absmax: Float[Tensor, " in"] | None = None
+    damping: float | None = None
     _factors: dict[tuple[float, str], InverseFactor] = field(default_factory=dict, repr=False)
 
     def inverse_factor(self, damping: float, order: Tensor | None = None, *, key: str = "") -> InverseFactor:
@@ -54,6 +56,7 @@ class LayerStats:
         if (damping, key) not in self._factors:
             self._factors.clear()  # one at a time: it is as large as the Hessian
             self._factors[damping, key] = inverse_factor(self.hessian, damping, order)
+            self.damping = max(self.damping or 0.0, self._factors[damping, key].damping)
         return self._factors[damping, key]
 
 
