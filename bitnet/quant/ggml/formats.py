@@ -115,7 +115,7 @@ class Fields:
         return values.flatten(-2)
 
 
-def round_to_fields(
+def round_to_codes(
     blocks: Float[Tensor, "rows blocks block"],
     form: BlockFormat,
     steps: Float[Tensor, "rows blocks subs"],
