@@ -1,8 +1,21 @@
 """Post-training quantization: methods, and the driver that takes them through a model block by block."""
 
-from bitnet.ptq.driver import Driver, LayerResult, quantize
+from bitnet.ptq.bitsandbytes import BitsAndBytes4Bit, LLMInt8
+from bitnet.ptq.driver import quantize
 from bitnet.ptq.gptq import GPTQ
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 from bitnet.ptq.rtn import RoundToNearest
+from bitnet.ptq.settings import Driver, LayerResult
 
-__all__ = ["GPTQ", "Driver", "LayerResult", "LayerStats", "PTQMethod", "RoundToNearest", "Statistic", "quantize"]
+__all__ = [
+    "GPTQ",
+    "BitsAndBytes4Bit",
+    "Driver",
+    "LLMInt8",
+    "LayerResult",
+    "LayerStats",
+    "PTQMethod",
+    "RoundToNearest",
+    "Statistic",
+    "quantize",
+]

@@ -11,9 +11,8 @@ block (in files beyond a budget), and the statistics of one stage: one Hessian.
 
 import copy
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,68 +29,10 @@ from bitnet.ptq.flow import Flow
 from bitnet.ptq.hessian import relative_error
 from bitnet.ptq.journal import Journal
 from bitnet.ptq.progress import Progress, Silent
-from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
-from bitnet.ptq.statistics import InputStatistics
-from bitnet.quant import Quantizer
-from bitnet.quant.histogram import Histogram
-
-
-@dataclass(frozen=True, slots=True)
-class LayerResult:
-    """What became of one layer.
-
-    Attributes:
-        name: in the model.
-        shape: (out, in).
-        bits_per_weight: every stored bit counted.
-        relative_error: ``tr(D H D^T) / tr(W H W^T)``; None where no calibration text was given.
-        weight_error: ``||D||^2 / ||W||^2``.
-        seconds: of the method, without the collection of statistics.
-        damping: share of the Hessian's mean diagonal that was added to it: what the method was told, or more where that
-            did not make it positive definite; None where no Hessian was factored.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits_per_weight: float
-    relative_error: float | None
-    weight_error: float
-    seconds: float
-    damping: float | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Driver:
-    """How a method is taken through a model.
-
-    Args:
-        batch_size: windows of the calibration text in one forward pass.
-        true_sequential: collect the inputs of each stage anew, with the stages before it quantized already; else those
-            of all stages of a block at once (faster; as many Hessians at a time as a block has stages).
-        smoothquant: strength, 0 to 1, of the migration of the activations' outliers into the weights; None: off.
-        include: patterns of the layers to quantize, as in `bitnet.convert`.
-        exclude: patterns of the layers to leave.
-        head: quantize the output head, too.
-        layer_errors: measure every layer's error on the calibration text, even where the method does not need it.
-        memory_budget: bytes of hidden states to keep in memory; the rest goes to files.
-    """
-
-    batch_size: int = 8
-    true_sequential: bool = True
-    smoothquant: float | None = None
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    head: bool = False
-    layer_errors: bool = True
-    memory_budget: float = 2e9
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise InputError(f"driver.batch_size must be at least 1, got {self.batch_size}")
-        if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:
-            raise InputError(f"driver.smoothquant must be between 0 and 1, or null for none, got {self.smoothquant}")
-        if self.memory_budget < 0:
-            raise InputError(f"driver.memory_budget is a number of bytes, got {self.memory_budget}")
+from bitnet.ptq.protocol import PTQMethod, Statistic
+from bitnet.ptq.settings import Driver, LayerResult
+from bitnet.ptq.statistics import Activation, InputStatistics, StageInputs, in_parallel
+from bitnet.quant.static import StaticActivation
 
 
 def quantize(
@@ -99,7 +40,7 @@ def quantize(
     method: PTQMethod,
     calibration: Int64[Tensor, "windows window"] | None = None,
     *,
-    activation: Quantizer | Any | None = None,
+    activation: Activation = None,
     driver: Driver | None = None,
     directory: str | Path | None = None,
     progress: Progress | None = None,
@@ -132,7 +73,7 @@ class _Work:
         model: nn.Module,
         method: PTQMethod,
         calibration: Tensor | None,
-        activation: Quantizer | Any | None,
+        activation: Activation,
         options: Driver,
         progress: Progress,
     ) -> None:
@@ -162,7 +103,7 @@ class _Work:
     def _needs_text(self) -> list[str]:
         """What cannot be done without calibration text."""
         needs = [f"{type(self.method).__name__}"] * bool(self.method.requires)
-        needs += ["a static activation range"] * hasattr(self.activation, "calibrated")
+        needs += ["a static activation range"] * isinstance(self.activation, StaticActivation)
         return needs + ["SmoothQuant"] * (self.options.smoothquant is not None)
 
     def _chosen(self) -> dict[int, list[str]]:
@@ -190,9 +131,9 @@ class _Work:
 
     def _identity(self) -> dict[str, object]:
         return {
-            "method": repr(self.method),
-            "activation": repr(self.activation),
-            "driver": repr(self.options),
+            "method": self.method,
+            "activation": self.activation,
+            "driver": self.options,
             "calibration": self.calibration,
             "model": self.model,
         }
@@ -242,10 +183,10 @@ class _Work:
         weights, extra, results = journal.restore(index)
         for name, weight in weights.items():
             activation = self.activation
-            if hasattr(activation, "calibrated"):
+            if isinstance(activation, StaticActivation):
                 prefix = f"{name}.activation."
                 state = {key.removeprefix(prefix): extra.pop(key) for key in list(extra) if key.startswith(prefix)}
-                activation = activation.restored(state)  # pyright: ignore
+                activation = activation.restored(state)
             layer = block.get_submodule(name)
             block.set_submodule(name, QuantizedLinear(weight, layer.bias, activation))  # pyright: ignore
         block.load_state_dict(extra, strict=False)
@@ -273,10 +214,10 @@ class _Work:
 
     def _collect(
         self, index: int, block: nn.Module, original: nn.Module | None, stages: list[list[str]], flow: Flow
-    ) -> list["_Inputs"]:
+    ) -> list[StageInputs]:
         """What each stage's method and activation quantizer have to know of its inputs."""
         columns = [weight_of(block.get_submodule(stage[0])).shape[1] for stage in stages]
-        inputs = [_Inputs(self._wanted(), each, self.activation, self.device) for each in columns]
+        inputs = [StageInputs(self._wanted(), each, self.activation, self.device) for each in columns]
         if not any(each.wants_anything for each in inputs) or not len(flow):
             return inputs
         leads = {stage[0]: each for stage, each in zip(stages, inputs, strict=True)}
@@ -295,7 +236,7 @@ class _Work:
             each.finish(f"{self.prefix}.{index}.{name}")
         return inputs
 
-    def _quantize(self, prefix: str, parent: nn.Module, names: list[str], inputs: "_Inputs") -> None:
+    def _quantize(self, prefix: str, parent: nn.Module, names: list[str], inputs: StageInputs) -> None:
         """Quantize the layers ``names`` of ``parent``, which all have these inputs, and put them in their places."""
         for name in names:
             layer, full_name = parent.get_submodule(name), f"{prefix}.{name}" if prefix else name
@@ -349,7 +290,7 @@ class _Work:
         """Quantize the output head, calibrated on the whole quantized model."""
         name, head = head_of(self.model)
         refuse_shared_weights(self.model, [name])
-        inputs = _Inputs(self._wanted(), weight_of(head).shape[1], self.activation, self.device)
+        inputs = StageInputs(self._wanted(), weight_of(head).shape[1], self.activation, self.device)
         if self.calibration is not None and inputs.wants_anything:
             with watched(self.model, [name], lambda _, x: inputs.update(x, None), stop=True):
                 for batch in self.calibration.split(self.options.batch_size):
@@ -362,35 +303,6 @@ class _Work:
         return next(self.model.parameters()).device
 
 
-class _Inputs:
-    """What is collected of one stage's inputs, and what was made of it."""
-
-    def __init__(
-        self, wanted: set[Statistic], columns: int, activation: Quantizer | Any | None, device: torch.device
-    ) -> None:
-        self.stats: LayerStats | None = None
-        self._sums = InputStatistics(wanted, columns, device)
-        self._activation = activation
-        self._histogram = Histogram() if hasattr(activation, "calibrated") else None
-        self.wants_anything = bool(wanted) or self._histogram is not None
-
-    def update(self, x: Tensor, full_precision: Tensor | None) -> None:
-        self._sums.update(x, full_precision)
-        if self._histogram is not None:
-            self._histogram.update(x)
-
-    def finish(self, name: str) -> None:
-        self._sums.all_reduce()
-        self.stats = self._sums.finish(name)
-
-    def quantizer(self) -> Quantizer | None:
-        """What quantizes the inputs of one layer."""
-        if hasattr(self._activation, "calibrated"):
-            assert self._histogram is not None
-            return self._activation.calibrated(self._histogram)  # pyright: ignore
-        return self._activation
-
-
 def _result(stored: dict[str, Any]) -> LayerResult:
     stored["shape"] = tuple(stored["shape"])
     return LayerResult(**stored)
@@ -401,7 +313,7 @@ def _until_reached(forward: Callable[[], object]) -> None:
         forward()
 
 
-def _one_activation(method: PTQMethod, activation: Quantizer | Any | None) -> Quantizer | Any | None:
+def _one_activation(method: PTQMethod, activation: Activation) -> Activation:
     own = getattr(method, "activation", None)
     if own is not None and activation is not None:
         raise InputError(
@@ -426,7 +338,7 @@ def _checked(calibration: Tensor | None, needs: list[str]) -> Tensor | None:
 
 def _own_share(calibration: Tensor | None) -> Tensor | None:
     """Of several processes each runs every so many windows; the statistics are reduced."""
-    if calibration is None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if calibration is None or not in_parallel():
         return calibration
     return calibration[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
 

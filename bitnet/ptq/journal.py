@@ -25,7 +25,7 @@ from bitnet.files import atomic_file
 from bitnet.quant import QuantizedWeight
 
 if TYPE_CHECKING:
-    from bitnet.ptq.driver import LayerResult
+    from bitnet.ptq.settings import LayerResult
 
 SETTINGS = "settings.json"
 

@@ -5,6 +5,7 @@ text reduce theirs to one.
 """
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ from torch import Tensor
 
 from bitnet.errors import InputError
 from bitnet.ptq.protocol import LayerStats, Statistic
+from bitnet.quant import Quantizer
+from bitnet.quant.histogram import Histogram
+from bitnet.quant.static import StaticActivation
+
+Activation = Quantizer | StaticActivation | None
+"""What quantizes a layer's inputs: dynamic, still to be calibrated, or nothing."""
 
 
 class InputStatistics:
@@ -57,7 +64,7 @@ class InputStatistics:
 
     def all_reduce(self) -> None:
         """Merge with the other processes' statistics, in place; alone, it does nothing."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not in_parallel():
             return
         count = torch.tensor(self.n_tokens, device=next(iter(self._sums.values())).device if self._sums else None)
         torch.distributed.all_reduce(count)
@@ -85,3 +92,53 @@ class InputStatistics:
                 total.div_(self.n_tokens)
         means: dict[str, Any] = {each.value: total for each, total in self._sums.items()}
         return LayerStats(n_tokens=self.n_tokens, **means)
+
+
+class StageInputs:
+    """The inputs that the layers of one stage share: what is collected of them, and what is made of it.
+
+    Args:
+        wanted: statistics to collect.
+        columns: in.
+        activation: what is to quantize the inputs; a `StaticActivation` gets a histogram of them.
+        device: where to keep the sums.
+
+    Attributes:
+        stats: once `finish` was called, where anything was collected.
+    """
+
+    def __init__(
+        self, wanted: set[Statistic], columns: int, activation: Activation | None, device: torch.device
+    ) -> None:
+        self.stats: LayerStats | None = None
+        self._sums = InputStatistics(wanted, columns, device)
+        self._activation = activation
+        self._histogram = Histogram() if isinstance(activation, StaticActivation) else None
+        self.wants_anything = bool(wanted) or self._histogram is not None
+
+    def update(self, x: Tensor, full_precision: Tensor | None) -> None:
+        """Add the inputs of one batch; see `InputStatistics.update`."""
+        self._sums.update(x, full_precision)
+        if self._histogram is not None:
+            self._histogram.update(x)
+
+    def finish(self, name: str) -> None:
+        """Merge with other processes and make ``stats``; ``name`` is for the errors of `InputStatistics.finish`."""
+        self._sums.all_reduce()
+        self.stats = self._sums.finish(name)
+        if self._histogram is not None and in_parallel():
+            parts: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, self._histogram)
+            self._histogram = reduce(Histogram.merge, parts)
+
+    def quantizer(self) -> Quantizer | None:
+        """What quantizes the inputs of one layer."""
+        if isinstance(self._activation, StaticActivation):
+            assert self._histogram is not None
+            return self._activation.calibrated(self._histogram)
+        return self._activation
+
+
+def in_parallel() -> bool:
+    """Whether this is one of several processes that share the calibration text."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -5,7 +5,7 @@ at run time and clips what lies outside. Its range is one for all tokens and fea
 taken out of the product of codes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,10 @@ class StaticActivation:
         codes = Codes(2**self.bits - (1 if self.symmetric else 0), self.symmetric)
         rule = range_rule(self.range, percent=self.percentile, norm=self.norm)
         return FixedRange(codes.levels, *codes.parameters(*rule(Sample.of_histogram(histogram), codes)))
+
+    def restored(self, state: Mapping[str, Tensor]) -> "FixedRange":
+        """The quantizer that had this ``state_dict``."""
+        return FixedRange(2**self.bits - (1 if self.symmetric else 0), state["scale"], state.get("zero_point"))
 
 
 class FixedRange(nn.Module):
