@@ -1,5 +1,6 @@
 """Post-training quantization: methods, and the driver that takes them through a model block by block."""
 
+from bitnet.ptq.billm import BiLLM
 from bitnet.ptq.bitsandbytes import BitsAndBytes4Bit, LLMInt8
 from bitnet.ptq.driver import quantize
 from bitnet.ptq.gptq import GPTQ
@@ -9,6 +10,7 @@ from bitnet.ptq.settings import Driver, LayerResult
 
 __all__ = [
     "GPTQ",
+    "BiLLM",
     "BitsAndBytes4Bit",
     "Driver",
     "LLMInt8",
