@@ -4,15 +4,19 @@ from bitnet.ptq.billm import BiLLM
 from bitnet.ptq.bitsandbytes import BitsAndBytes4Bit, LLMInt8
 from bitnet.ptq.driver import quantize
 from bitnet.ptq.gptq import GPTQ
+from bitnet.ptq.hqq import HQQ
+from bitnet.ptq.kquants import KQuant
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 from bitnet.ptq.rtn import RoundToNearest
 from bitnet.ptq.settings import Driver, LayerResult
 
 __all__ = [
     "GPTQ",
+    "HQQ",
     "BiLLM",
     "BitsAndBytes4Bit",
     "Driver",
+    "KQuant",
     "LLMInt8",
     "LayerResult",
     "LayerStats",
