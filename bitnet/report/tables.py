@@ -72,8 +72,8 @@ def results_markdown(records: Sequence[RunRecord]) -> str:
 
 
 def is_full_precision(record: RunRecord) -> bool:
-    """Whether the record is of a model in which nothing is quantized."""
-    return record.method in FULL_PRECISION
+    """Whether the record is of a model in which nothing is quantized; words after the name (a sweep's) are allowed."""
+    return any(record.method == name or record.method.startswith(f"{name} ") for name in FULL_PRECISION)
 
 
 def gap_of(record: RunRecord, records: Sequence[RunRecord]) -> float | None:
