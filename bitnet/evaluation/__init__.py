@@ -3,6 +3,7 @@
 from bitnet.evaluation.footprint import Footprint, LayerFootprint, footprint
 from bitnet.evaluation.perplexity import LossSummary, evaluate_loss
 from bitnet.evaluation.protocol import BlocksProtocol, TextProtocol
+from bitnet.evaluation.tasks import evaluate_tasks
 from bitnet.evaluation.text import TextEvaluation, evaluate_text
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "TextEvaluation",
     "TextProtocol",
     "evaluate_loss",
+    "evaluate_tasks",
     "evaluate_text",
     "footprint",
 ]
