@@ -100,11 +100,11 @@ class GPTQ:
         if self.correction:
             assert stats.cross is not None
             target = corrected_target(target, stats.cross.to(dtype), factor.upper.to(dtype), order, self.correction)
-        columns = target.t().contiguous()
-        columns[hessian.diagonal() == 0] = 0
-        grid = UniformColumns(self._grid, order, columns.shape, hessian.diagonal())
+        target = target.masked_fill(hessian.diagonal() == 0, 0)
+        grid = UniformColumns(self._grid, order, target.shape, hessian.diagonal())
         if self.groups == "static":
-            grid.fit_all(columns)
+            grid.fit_all(target)
+        columns = target.t().contiguous()
         values = torch.empty_like(columns)
         working = columns.clone() if order is None else columns[order]
         rounded = compensate(working, factor.upper.to(dtype), grid)
@@ -165,18 +165,19 @@ class UniformColumns:
     Args:
         grid: granularity and levels.
         order: the order that columns come in, None for their own.
-        shape: [in, out] of the transposed weight.
+        shape: [out, in] of the weight.
         importance: [in], weight of each column's squared error where a range is searched.
     """
 
     def __init__(self, grid: Grid, order: Tensor | None, shape: tuple[int, ...], importance: Tensor) -> None:
         self._grid, self.order, self._importance = grid, order, importance
-        self._columns, self._out = shape
+        self._out, self._columns = shape
         self._size = group_size_of(grid.granularity) or self._columns
         groups = -(-self._columns // self._size)
         self._scale = torch.zeros(groups, self._out, dtype=importance.dtype)
         self._zero = torch.zeros(groups, self._out, dtype=importance.dtype)
         self._dtype = SCALE_DTYPES[grid.scale_dtype]
+        self._low, self._high = grid.low, grid.high
         self._fitted = False
 
     @property
@@ -192,9 +193,9 @@ class UniformColumns:
     def span(self) -> int | None:
         return None if self._fitted and self._place is not None else self._size
 
-    def fit_all(self, columns: Float[Tensor, "in out"]) -> None:
-        """Fit every group to ``columns``, given in their own order; `fit` then changes nothing."""
-        self._store(slice(None), columns, self._importance)
+    def fit_all(self, weight: Float[Tensor, "out in"]) -> None:
+        """Fit every group to ``weight``, its columns in their own order; `fit` then changes nothing."""
+        self._store(slice(None), weight, self._importance)
         self._fitted = True
 
     def fit(self, start: int, columns: Float[Tensor, "span out"]) -> None:
@@ -202,12 +203,12 @@ class UniformColumns:
             return
         importance = self._importance if self._order is None else self._importance[self._order]
         group = self._group(start)
-        self._store(slice(group, group + 1), columns, importance[start : start + len(columns)])
+        self._store(slice(group, group + 1), columns.t(), importance[start : start + len(columns)])
 
     def round(self, column: Float[Tensor, " out"], index: int) -> Float[Tensor, " out"]:
         group = self._group(index)
         scale, zero = self._scale[group], self._zero[group]
-        codes = (column / scale).round_().add_(zero).clamp_(self._grid.low, self._grid.high)
+        codes = (column / scale).round_().add_(zero).clamp_(self._low, self._high)
         return codes.sub_(zero).mul_(scale)
 
     def refit(
@@ -235,7 +236,7 @@ class UniformColumns:
             gain = 2 * candidate * along - candidate**2 * length
             moved = zero + shift
             better = (gain > best_gain) & (candidate > 0) & torch.isfinite(candidate)
-            better &= (moved >= self._grid.low) & (moved <= self._grid.high)
+            better &= (moved >= self._low) & (moved <= self._high)
             best_gain = torch.where(better, gain, best_gain)
             best_scale, best_zero = torch.where(better, candidate, best_scale), torch.where(better, moved, best_zero)
         steps += zero - best_zero
@@ -253,8 +254,8 @@ class UniformColumns:
     def _group(self, index: int) -> int:
         return (index if self._place is None else self._place[index]) // self._size
 
-    def _store(self, groups: slice, columns: Tensor, importance: Tensor) -> None:
-        scale, zero = self._grid.fit(columns.t(), importance)
+    def _store(self, groups: slice, weight: Tensor, importance: Tensor) -> None:
+        scale, zero = self._grid.fit(weight, importance)
         self._scale[groups] = scale.t().to(self._scale.dtype)
         if zero is not None:
             self._zero[groups] = zero.t().to(self._zero.dtype)

@@ -34,7 +34,9 @@ def grouped(x: Float[Tensor, "*rows cols"], granularity: Granularity) -> Float[T
     """Put the values that share a scale into the last dimension; a narrow last group is filled up with zeros."""
     size = group_size_of(granularity)
     if size is not None:
-        return F.pad(x, (0, -x.shape[-1] % size)).unflatten(-1, (-1, size))
+        missing = -x.shape[-1] % size
+        padded = F.pad(x, (0, missing)) if missing else x  # padding by nothing would copy
+        return padded.unflatten(-1, (-1, size))
     if granularity == "row":
         return x.unsqueeze(-2)
     return x.reshape(*(1,) * x.dim(), -1)
