@@ -140,9 +140,9 @@ def test_a_layer_multiplies_codes_and_outliers():
     weight, x = tailed(16, 32), with_outliers()
     method = LLMInt8()
     layer = QuantizedLinear(method.quantize(weight, None), activation=method.activation)
-    mixed = (layer(x) - x @ weight.t()).square().mean()
-    plain = QuantizedLinear(method.quantize(weight, None), activation=LLMInt8(threshold=0.0).activation)
-    assert mixed < 0.5 * (plain(x) - x @ weight.t()).square().mean()
+    plain = QuantizedLinear(layer.weight, activation=LLMInt8(threshold=0.0).activation)
+    exact = x @ layer.weight.dequantize().t()
+    assert (layer(x) - exact).square().mean() < 0.5 * (plain(x) - exact).square().mean()
     torch.testing.assert_close(layer(x), method.activation(x).dequantize() @ layer.weight.dequantize().t())
 
 
