@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bitnet.nn import QuantizedLinear
 from bitnet.ptq import GPTQ, Driver, LayerStats, PTQMethod, quantize
 from bitnet.ptq.billm import BiLLM, BlockBinary, PlaneWeight
 
@@ -129,21 +130,14 @@ def perplexity(network: torch.nn.Module, text: Tensor, window: int = 256) -> flo
     """Of windows without overlap; the values of a layer are read once, not in every batch."""
     for module in list(network.modules()):
         for name, child in list(module.named_children()):
-            if (
-                hasattr(child, "weight")
-                and hasattr(child.weight, "dequantize")
-                and not isinstance(child.weight, Tensor)
-            ):
+            if isinstance(child, QuantizedLinear):
                 dense = torch.nn.Linear(child.in_features, child.out_features, bias=False)
                 dense.weight.data = child.weight.dequantize()
                 setattr(module, name, dense)
     total, count = 0.0, 0
-    for batch in [
-        *text[: len(text) // window * window].view(-1, window).split(16),
-        text[-(len(text) % window) :][None],
-    ]:
-        if batch.shape[1] < 2:
-            continue
+    whole = len(text) // window * window
+    batches = [*text[:whole].view(-1, window).split(16), text[whole:][None]]
+    for batch in (each for each in batches if each.shape[1] > 1):
         logits = network(batch, use_cache=False).logits[:, :-1].flatten(0, 1)
         total += float(torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten(), reduction="sum"))
         count += batch[:, 1:].numel()

@@ -13,7 +13,7 @@ from bitnet.errors import InputError
 from bitnet.nn import QuantizedLinear
 from bitnet.ptq import LayerStats, PTQMethod, Statistic
 from bitnet.ptq.billm import BiLLM, BlockBinary
-from bitnet.ptq.billm.binary import Rule, _better, _refit_mean, _refit_scale, _refit_signs, approximate, values
+from bitnet.ptq.billm.binary import STEPS, Rule, approximate, values
 from bitnet.ptq.billm.published import compensation
 from bitnet.ptq.hessian import relative_error
 
@@ -143,9 +143,8 @@ def test_no_step_of_the_refits_makes_the_error_of_any_row_larger(order: int, dty
     first = before = error()
     for _ in range(5):
         for k in range(order):
-            for step in (_refit_mean, _refit_scale, _refit_signs):
-                rest = t - values(terms) + terms[k].values
-                terms[k] = _better(rest, terms[k], step(rest, terms[k], rule))
+            for step in STEPS:
+                terms[k] = step(t - values(terms) + terms[k].values, terms[k], rule)
                 assert (error() <= before * (1 + 1e-5) + 1e-6).all()
                 before = error()
     assert before.sum() < first.sum()

@@ -1,6 +1,6 @@
 """Scales and codes of binary planes, refined one at a time; each step can only lower ``tr(D H D^T)``, D = W - Q.
 
-Every step is the closed-form minimum over what it changes, all else given, or leaves things as they are:
+Every step is the closed-form minimum over what it changes, all else given:
 
 - a row's scale r: the error is ``r^2 <q, H q> - 2 r <w, H q> + ...``; the minimum, moved to the grid of stored scales;
 - a column: the error is ``H_jj ||t - q_j||^2 + ...`` with ``t = q_j + (H D)_j / H_jj``. First the codes nearest to t,
@@ -57,11 +57,7 @@ class Planes:
         column = self.round(target, index)
         if column.any():
             along, size = torch.dot(target, column), torch.dot(column, column)
-            old = self.column[index]
-            new = self.column_grid.nearest(old * along / size)
-            ratio = new / old
-            gain = ratio * (2 * along - ratio * size) - (2 * along - size)
-            self.column[index] = torch.where(gain > 0, new, old)
+            self.column[index] = self.column_grid.nearest(self.column[index] * along / size)
         return self.round(target, index)
 
 
@@ -83,9 +79,7 @@ def refine_rows(
     alive = (size > 0) & (planes.row > 0)
     new = planes.row_grid.nearest(torch.where(alive, planes.row * along / size, planes.row))
     ratio = torch.where(alive, new / planes.row, 1.0)
-    gain = ratio * (2 * along - ratio * size) - (2 * along - size)
-    ratio = torch.where(alive & (gain > 0), ratio, 1.0)
-    planes.row = torch.where(ratio == 1, planes.row, new)
+    planes.row = new
     values *= ratio
     given *= ratio
 
