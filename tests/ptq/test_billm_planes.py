@@ -14,7 +14,9 @@ from bitnet.ptq.billm.allocation import affordable_planes, planes_per_column
 from bitnet.ptq.billm.method import damped
 from bitnet.ptq.billm.ours import quantize_to_planes
 from bitnet.ptq.billm.planes import DISTORTION, MOST_PLANES, ScaleGrid, levels
+from bitnet.ptq.billm.stored import pack_bits, unpack_bits
 from bitnet.ptq.hessian import relative_error
+from bitnet.quant.packing import pack
 
 
 def layer(rows: int, columns: int) -> tuple[Tensor, LayerStats]:
@@ -112,6 +114,13 @@ def test_the_levels_are_the_best_for_a_normal_distribution(order: int) -> None:
     means = torch.zeros(2**order, dtype=torch.float64).index_add_(0, nearest, quantiles) / nearest.bincount()
     torch.testing.assert_close(values, means, atol=5e-4, rtol=0)
     assert float((quantiles - values[nearest]).square().mean()) == pytest.approx(DISTORTION[order], rel=1e-2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 8, 13, 800])
+def test_bits_are_packed_in_the_layout_of_signs(count: int) -> None:
+    bits = torch.rand(count) < 0.5
+    assert torch.equal(pack_bits(bits), pack(bits.to(torch.int8) * 2 - 1, "b1"))
+    assert torch.equal(unpack_bits(pack_bits(bits), count), bits)
 
 
 @given(st.integers(1, 20), st.lists(st.integers(0, MOST_PLANES), min_size=1, max_size=40), st.integers(0, 999))

@@ -3,8 +3,8 @@
 Every step is the closed-form minimum over what it changes, all else given:
 
 - a row's scale r: the error is ``r^2 <q, H q> - 2 r <w, H q> + ...``; the minimum, moved to the grid of stored scales;
-- a column: the error is ``H_jj ||t - q_j||^2 + ...`` with ``t = q_j + (H D)_j / H_jj``. First the codes nearest to t,
-  then the column's scale for these codes (moved to its grid), then the codes again.
+- a column: the error is ``H_jj ||t - q_j||^2 + ...`` with ``t = q_j + (H D)_j / H_jj``. First its scale for the codes
+  there are (moved to its grid), then the codes nearest to t.
 
 This is the alternation of ARB-LLM's row and column scales (arXiv:2410.03129, sec. 3.4) in the metric of the inputs
 instead of the weights, and with codes of several bits. Everything is transposed, [in, out], so that a column is
@@ -50,14 +50,13 @@ class Planes:
         order = self.orders[index]
         codes = torch.bucketize(column / scale, self._middles[order], out_int32=True)
         self.codes[index] = codes
-        return self._levels[order][codes] * self.row * self.column[index]
+        return self._levels[order].index_select(0, codes).mul_(self.row).mul_(self.column[index])
 
-    def improve(self, target: Tensor, index: int) -> Float[Tensor, " out"]:
-        """Codes, scale and codes again of one column, nearest to ``target``."""
-        column = self.round(target, index)
-        if column.any():
-            along, size = torch.dot(target, column), torch.dot(column, column)
-            self.column[index] = self.column_grid.nearest(self.column[index] * along / size)
+    def improve(self, target: Tensor, present: Tensor, index: int) -> Float[Tensor, " out"]:
+        """Column ``index`` nearest to ``target``: its scale for the codes that give ``present``, then its codes."""
+        along, size = torch.dot(target, present), torch.dot(present, present)
+        best = self.column_grid.nearest(self.column[index] * along / size)
+        self.column[index] = torch.where(size > 0, best, self.column[index])
         return self.round(target, index)
 
 
@@ -100,7 +99,7 @@ def refine_columns(
         for j in range(begin, end):
             if planes.orders[j] == 0:
                 continue
-            moved = planes.improve(values[j] + gradient[j - begin] / diagonal[j], j)
+            moved = planes.improve(values[j] + gradient[j - begin] / diagonal[j], values[j], j)
             gradient.addr_(hessian[begin:end, j], moved - values[j], alpha=-1)
             values[j] = moved
         given.addmm_(hessian[:, begin:end], values[begin:end] - before)
