@@ -4,7 +4,8 @@ Without ``feedback`` every block is quantized by itself: least squared error, ea
 its input (what llama.cpp calls an importance matrix) and by the magnitude of the weight. With it the columns are
 rounded one after the other and the rest makes up for their error, as in GPTQ (arXiv:2210.17323): when the loop reaches
 a super-block, its scales are searched for the weights as compensated by then. ``sweeps`` choose every code again given
-all others, and every scale and minimum given the codes, in the metric of the Hessian; no step of them raises the error.
+all others, and every scale and minimum given the codes, in the metric of the damped Hessian, where no step raises the
+error.
 The bytes are of the same kind and number in all cases, and llama.cpp reads them.
 """
 
@@ -104,8 +105,12 @@ class KQuant:
         importance = hessian.diagonal() if self.importance else torch.ones_like(hessian.diagonal())
         grid = BlockColumns(self.format, columns.shape, importance)
         values = compensate(columns.clone(), factor.upper, grid)
+        damped = (
+            hessian.clone()
+        )  # undamped, sweeps lowered relH by 1 % more and raised the squared error tenfold (Q4_K)
+        damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
         for _ in range(self.sweeps):
-            values = sweep(columns, values, hessian, grid)
+            values = sweep(columns, values, damped, grid)
         return grid.fields()
 
 
