@@ -99,6 +99,23 @@ def test_no_sweep_raises_the_outputs_error(name):
 
 
 @pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("factor", [1.0, 1.03])
+def test_refitting_scales_lowers_the_error_and_follows_a_target_that_was_scaled(name, factor):
+    columns = FORMATS[name].block
+    weight, stats = weight_of(6, columns), stats_of(columns)
+    hessian = stats.hessian
+    assert hessian is not None
+    grid = BlockColumns(FORMATS[name], (columns, 6), hessian.diagonal())
+    values = compensate(weight.t().contiguous(), inverse_factor(hessian, 0.01).upper, grid)
+    target = weight.t() if factor == 1 else factor * values
+    refitted = grid.refit(0, values, hessian @ (target - values), hessian)
+    before, after = (relative_error(target.t(), each.t(), hessian) for each in (values, refitted))
+    both = FORMATS[name].mins is not None  # d and dmin in turn: it takes several rounds to follow
+    assert after < (1.0 if factor == 1 else 0.9 if both else 0.35) * before
+    assert torch.equal(GGMLWeight.from_fields(grid.fields(), name, columns).dequantize(), refitted.t())
+
+
+@pytest.mark.parametrize("name", TYPES)
 def test_the_bytes_hold_the_values_that_the_loop_compensated_for(name):
     weight, stats = weight_of(6, 300), stats_of(300)
     assert stats.hessian is not None
