@@ -1,8 +1,8 @@
 """C4, the web text that BitNet b1.58 was trained on: a local folder of its shards, or the hub's ``allenai/c4``.
 
 ``path`` set means the folder only; unset means the hub only; neither ever stands in for the other. C4 has no test
-split: a fifth of its validation documents, chosen by hash, is set apart as the test split and never evaluated as
-validation.
+split: a share of its validation documents, chosen by hash, is set apart as the test split and never evaluated as
+validation. Published figures are of all of them: ``test_share=0``.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from bitnet.data.jsonlines import read_json_lines
 from bitnet.data.sources import OnBadLine, Shard, Split, check_choice, hash_share
 from bitnet.errors import InputError
 
-TEST_SHARE = 0.2  # of the validation documents
+TEST_SHARE = 0.2
 HEAD_BYTES = 4096  # of each shard, in the fingerprint
 
 
@@ -26,22 +26,28 @@ class C4:
         path: Folder with ``c4-train.*.json.gz`` and ``c4-validation.*.json.gz``; None streams ``allenai/c4``.
         on_bad_line: ``error`` stops at a line that is not a JSON object with a string in ``text``, naming shard and
             line; ``skip`` leaves it out and counts it.
+        test_share: of the validation documents, set apart as the test split; 0 leaves that empty.
 
     Raises:
-        InputError: ``path`` is no folder.
+        InputError: ``path`` is no folder; ``test_share`` outside [0, 1).
     """
 
     name = "c4"
     streaming = True
 
-    def __init__(self, path: str | Path | None = None, on_bad_line: OnBadLine = "error") -> None:
+    def __init__(
+        self, path: str | Path | None = None, on_bad_line: OnBadLine = "error", test_share: float = TEST_SHARE
+    ) -> None:
         check_choice("data.source.on_bad_line", on_bad_line, ("error", "skip"))
         self.path = None if path is None else Path(path)
         if self.path is not None and not self.path.is_dir():
             raise InputError(
                 f"data.path must be a folder of C4 shards (c4-train.*.json.gz), got {path}: there is no such folder"
             )
+        if not 0 <= test_share < 1:
+            raise InputError(f"data.source.test_share must be at least 0 and below 1, got {test_share}")
         self.on_bad_line: OnBadLine = on_bad_line
+        self._test_share = test_share
         self.skipped: dict[str, int] = {}
         self._hub = HubDataset("allenai/c4", "en")
 
@@ -50,9 +56,13 @@ class C4:
         whole = self._hub_shards(stored) if self.path is None else self._local_shards(stored)
         if split == "train":
             return whole
-        return [Shard(shard.name, partial(_carve, shard, split)) for shard in whole]
+        return [Shard(shard.name, partial(_carve, shard, split, self._test_share)) for shard in whole]
 
     def fingerprint(self) -> str:
+        cut = "" if self._test_share == TEST_SHARE else f" test {self._test_share}"
+        return self._text_fingerprint() + cut
+
+    def _text_fingerprint(self) -> str:
         if self.path is None:
             return f"{self._hub.repository}/{self._hub.config}@{self._hub.commit()}"
         digest = hashlib.sha256()
@@ -82,7 +92,7 @@ class C4:
         return stream_shards(self._hub.stream(split), f"c4-{split}", read)
 
 
-def _carve(shard: Shard, split: Split) -> Iterator[str]:
+def _carve(shard: Shard, split: Split, test_share: float) -> Iterator[str]:
     for document in shard.read():
-        if (hash_share(document) < TEST_SHARE) == (split == "test"):
+        if (hash_share(document) < test_share) == (split == "test"):
             yield document

@@ -110,6 +110,11 @@ class TextDataModule(LightningDataModule):
         return self.corpus.vocab_size
 
     @property
+    def block_size(self) -> int:
+        """Tokens in a row of a batch."""
+        return self._block_size
+
+    @property
     def corpus_hash(self) -> str:
         return self.corpus.hash
 

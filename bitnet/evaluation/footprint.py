@@ -7,11 +7,14 @@ says nothing of them.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
-from bitnet.nn import BitLinear, QuantizedLinear
+from bitnet.nn import BitLinear, QuantizedLinear, QuantizedModule
+from bitnet.nn.linears import is_linear, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,11 @@ class Footprint:
         return rows
 
 
-def footprint(model: nn.Module) -> Footprint:
+def footprint(model: nn.Module, *, stored_dtype: torch.dtype | None = None) -> Footprint:
     """Return what ``model`` would take in a file, in bits; it may be on the meta device.
+
+    ``stored_dtype`` is the floating dtype that the weights have in their checkpoint, where loading widened them; None
+    counts them as they are.
 
     A linear whose weight an earlier module holds already (a tied head) is no layer of its own. Buffers that are not
     saved (rotary tables) are not counted.
@@ -82,24 +88,28 @@ def footprint(model: nn.Module) -> Footprint:
     layers: list[LayerFootprint] = []
     total_bits = n_parameters = 0
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            tensors = [] if module.bias is None else [module.bias]
+        if isinstance(module, QuantizedModule):
+            weight = module.weight
+            shape = (weight.shape[0], weight.shape[1])
+            bits = round(weight.bits_per_weight * shape[0] * shape[1])
+            if isinstance(module, QuantizedLinear):
+                layers.append(LayerFootprint(name, "quantized", shape, bits))
+            total_bits += bits
+            n_parameters += shape[0] * shape[1]
+            bias = getattr(module, "bias", None)
+            tensors = [] if bias is None else [bias]
         else:
             tensors = list(_saved_tensors(module))
         new = [tensor for tensor in tensors if id(tensor) not in seen]
         seen.update(id(tensor) for tensor in new)
-        total_bits += sum(_bits(tensor) for tensor in new)
+        total_bits += sum(_bits(tensor, stored_dtype) for tensor in new)
         n_parameters += sum(tensor.numel() for tensor in new)
-        if isinstance(module, QuantizedLinear):
-            weight = module.weight
-            shape = (module.out_features, module.in_features)
-            layers.append(LayerFootprint(name, "quantized", shape, round(weight.bits_per_weight * shape[0] * shape[1])))
-            total_bits += layers[-1].bits
-            n_parameters += layers[-1].n_weights
-        elif isinstance(module, nn.Linear) and any(tensor is module.weight for tensor in new):
-            kind = "latent" if isinstance(module, BitLinear) else "dense"
-            shape = (module.out_features, module.in_features)
-            layers.append(LayerFootprint(name, kind, shape, _bits(module.weight)))
+        if isinstance(module, BitLinear) or is_linear(module):
+            weight = cast(Tensor, module.weight)
+            if any(tensor is weight for tensor in new):
+                kind = "latent" if isinstance(module, BitLinear) else "dense"
+                out, columns = weight_of(module).shape
+                layers.append(LayerFootprint(name, kind, (out, columns), _bits(weight, stored_dtype)))
     if not layers:
         raise InputError("expected a model with linear layers, found none: there is nothing to count bits of")
     return Footprint(tuple(layers), total_bits, n_parameters)
@@ -112,8 +122,11 @@ def _saved_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (buffer for name in saved if (buffer := module._buffers[name]) is not None)
 
 
-def _bits(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size() * 8
+def _bits(tensor: Tensor, stored_dtype: torch.dtype | None) -> int:
+    size = tensor.element_size()
+    if stored_dtype is not None and tensor.is_floating_point():
+        size = min(size, stored_dtype.itemsize)
+    return tensor.numel() * size * 8
 
 
 def _row(name: str, kind: str, shape: str, count: int, bits: int) -> tuple[str, str, str, str, str]:

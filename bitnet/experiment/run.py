@@ -8,7 +8,6 @@ import logging
 import time
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,44 +21,32 @@ from transformers.utils import logging as transformers_logging
 
 from bitnet.data.datamodule import TextDataModule
 from bitnet.data.tokenizer import check_vocabulary
-from bitnet.evaluation import LossSummary, evaluate_loss, footprint
+from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started
 from bitnet.experiment.estimate import print_estimate
+from bitnet.experiment.measure import Measure
+from bitnet.experiment.post_training import quantize_afterwards
 from bitnet.experiment.settings import (
     build,
     check,
     claim_directory,
-    command,
     discard_if_unused,
-    plain,
     process_rank,
     resumed,
     twin_of,
 )
 from bitnet.files import atomic_file
 from bitnet.nn import bit_linears, freeze
-from bitnet.report import RunRecord, close_loggers, git_state, machine, make_loggers, results_markdown, results_table
+from bitnet.report import RunRecord, close_loggers, make_loggers, results_markdown, results_table, terminal
 from bitnet.report import training_curves as draw_curves
-from bitnet.report.record import versions
 from bitnet.training import AtomicCheckpointIO, LanguageModelingModule
-
-RECORD = "run.json"
-LATENT_RECORD = "latent.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What training took."""
-
-    steps: int
-    tokens: int
-    tokens_per_s: float | None
 
 
 def run(cfg: DictConfig) -> list[RunRecord]:
     """Run what ``cfg`` describes, print the table, and return its rows.
 
     The folder of the run holds ``config.yaml``, ``run.json`` (the record), ``results.md``, ``curves.png``,
-    ``checkpoints/``, ``csv/`` and, unless ``export`` is null, ``hf/``; a dense twin has all of it in ``dense/``.
+    ``checkpoints/``, ``csv/`` and, unless ``export`` is null, ``hf/``; a dense twin has all of it in ``dense/``. With
+    ``ptq`` it holds ``reference.json`` (the original's record) and ``layers.csv``, ``layers.md``, ``layers.png``.
 
     Raises:
         InputError: the configuration, the data or the model cannot be used, or the training diverged.
@@ -70,7 +57,7 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     check(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
-    console = Console(highlight=False)
+    console = terminal()
     if cfg.dry_run:
         print_estimate(cfg, console)
         return []
@@ -86,7 +73,7 @@ def run(cfg: DictConfig) -> list[RunRecord]:
         return []
     with atomic_file(directory / "results.md") as partial:
         partial.write_text(results_markdown(records), encoding="utf-8")
-    console.print(results_table(records, title=f"Results ({directory})"))
+    console.print(results_table(records, title=f"Results ({directory})", width=console.width))
     if cfg.fit:
         arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
         curves = {name: arm / "csv" for name, arm in arms.items() if list(arm.glob("csv/*/metrics.csv"))}
@@ -107,9 +94,10 @@ def _run_arms(cfg: DictConfig, directory: Path, console: Console) -> list[RunRec
 def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     """One model from its first step to its record; one that has its record already is read back."""
     if (directory / RECORD).exists():
-        found = [directory / name for name in (LATENT_RECORD, RECORD) if (directory / name).exists()]
+        names = (REFERENCE_RECORD, LATENT_RECORD, RECORD)
+        found = [directory / name for name in names if (directory / name).exists()]
         return [RunRecord.read(path) for path in found]
-    began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    started = Started(time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds"))
     torch.manual_seed(cfg.seed)
     data = _build_data(cfg)
     model = _build_model(cfg, data)
@@ -117,48 +105,28 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     if process_rank() != 0:
         return []  # what follows is one process's work
     model = model.cpu() if not torch.cuda.is_available() else model.cuda()
+    arm = Arm(cfg, directory, data, Measure(build(cfg.evaluation), data), fit, started)
+    if cfg.ptq:
+        return quantize_afterwards(arm, model)
+    if bit_linears(model):
+        return _frozen(arm, model)
+    figures = arm.measure(model)[-1]
+    arm.export(model)
+    return [arm.keep(arm.record(cfg.method, model, figures))]
 
-    def record(method: str, loss: LossSummary) -> RunRecord:
-        size = footprint(model)
-        sha, dirty = git_state(Path(__file__).parent)
-        return RunRecord(
-            method=method,
-            model=cfg.model.path or f"{cfg.model.body}-{model.config.hidden_act}-{_shape(model)}",
-            data=data.describe(),
-            bits_per_weight=size.bits_per_weight,
-            bytes=size.bytes,
-            nll=loss.nll,
-            perplexity=loss.perplexity,
-            bits_per_byte=loss.bits_per_byte,
-            tokens_per_s=fit.tokens_per_s,
-            train_tokens=fit.tokens,
-            steps=fit.steps,
-            seed=cfg.seed,
-            git_sha=sha,
-            git_dirty=dirty,
-            command=command(),
-            config=plain(cfg),
-            versions=versions(),
-            machine=machine(),
-            started=started,
-            seconds=time.perf_counter() - began,
-        )
 
-    loss = _evaluate(model, data)
-    if cfg.export and not (directory / "hf").exists():  # a folder that is there is whole: a run stopped after it
-        build(cfg.export).write(model, data.tokenizer, directory / "hf")
-    if not bit_linears(model):
-        records = [record(cfg.method, loss)]
-    else:
-        latent = record(f"{cfg.method} latent", loss)
-        latent.write(directory / LATENT_RECORD)
-        freeze(model)
-        frozen_loss = _evaluate(model, data)
-        if frozen_loss != loss:
-            raise AssertionError(f"the frozen model must answer as the trained one: {frozen_loss} against {loss}")
-        records = [latent, record(f"{cfg.method} frozen", frozen_loss)]
-    records[-1].write(directory / RECORD)
-    return records
+def _frozen(arm: Arm, model: Any) -> list[RunRecord]:
+    """The latent model's record and that of the same model frozen, which has to be worth the same to the last bit."""
+    method = arm.cfg.method
+    figures = arm.measure(model)[-1]
+    arm.export(model)
+    latent = arm.record(f"{method} latent", model, figures)
+    latent.write(arm.directory / LATENT_RECORD)
+    freeze(model)
+    frozen = arm.measure(model)[-1]
+    if frozen != figures:
+        raise AssertionError(f"the frozen model must answer as the trained one: {frozen} against {figures}")
+    return [latent, arm.keep(arm.record(f"{method} frozen", model, frozen))]
 
 
 def _build_data(cfg: DictConfig) -> TextDataModule:
@@ -213,15 +181,6 @@ def _accelerator(cfg: DictConfig) -> str:
 
 def _instantiate_all(nodes: DictConfig | None) -> Mapping[str, Any]:
     return {str(name): build(node) for name, node in (nodes or {}).items() if node is not None}
-
-
-def _evaluate(model: nn.Module, data: TextDataModule) -> LossSummary:
-    return evaluate_loss(model, data.whole("validation"), bytes_per_token=data.bytes_per_token)
-
-
-def _shape(model: Any) -> str:
-    config = model.config
-    return f"{config.hidden_size}x{config.num_hidden_layers}"
 
 
 def _quiet() -> None:

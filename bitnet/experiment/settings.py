@@ -25,6 +25,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from bitnet.errors import InputError
 from bitnet.experiment.explain import hint
 
+STATIC = "bitnet.quant.StaticActivation"
 CLAIMED = "BITNET_RUN_FOLDER"  # environment variable that tells it to the processes that a run starts
 SETTINGS = "config.yaml"  # in a run's folder: what the run was started with
 GROUPS = {
@@ -38,6 +39,10 @@ GROUPS = {
     "trainer",
     "callbacks",
     "logger",
+    "ptq",
+    "calibration",
+    "driver",
+    "evaluation",
     "export",
 }
 VALUES = {
@@ -53,9 +58,11 @@ VALUES = {
     "compile",
     "threads",
 }
+CALIBRATION = ("windows", "window", "documents", "seed")
 POSITIVE_NUMBERS = (
     *(f"trainer.{key}" for key in ("max_steps", "val_check_interval", "accumulate_grad_batches")),
     *(f"data.{key}" for key in ("block_size", "batch_size", "validation_blocks", "tokenizer.vocab_size")),
+    *(f"calibration.{key}" for key in CALIBRATION[:3]),
     "threads",
 )
 SWITCHES = ("fit", "dry_run", "compile")
@@ -69,11 +76,20 @@ def check(cfg: DictConfig) -> None:
         raise InputError(f"model={cfg.method} reads a pretrained model: give model.path=DIR")
     for path, node in _constructor_calls(cfg, ""):
         _check_keys(path, node)
-    if cfg.model.get("layer") is None and (cfg.quantizer or cfg.activation):
+    _known("calibration.", set(map(str, cfg.calibration)), CALIBRATION)
+    trained_quantized = cfg.model.get("layer") is not None
+    if cfg.ptq and (trained_quantized or cfg.quantizer):
         raise InputError(
-            f"model={cfg.method} quantizes nothing: leave out quantizer= and activation=, or choose a model"
+            f"ptq={cfg.method} quantizes a full-precision model after its training: choose model=hf or model=dense, "
+            "and leave out quantizer="
         )
-    if cfg.model.get("layer") is not None and not (cfg.quantizer and cfg.activation):
+    if not trained_quantized and not cfg.ptq and (cfg.quantizer or cfg.activation):
+        raise InputError(
+            f"model={cfg.method} quantizes nothing: leave out quantizer= and activation=, or choose a model or ptq="
+        )
+    if cfg.activation and cfg.activation.get("_target_") == STATIC and not cfg.ptq:
+        raise InputError("activation=static is calibrated after the training: it goes with ptq=")
+    if trained_quantized and not (cfg.quantizer and cfg.activation):
         raise InputError(f"model={cfg.method} needs a quantizer and an activation: model=dense has neither")
     if cfg.twin_lr is not None and not cfg.twin:
         raise InputError("twin_lr is the learning rate of the twin: add twin=dense, or set optim.lr")

@@ -59,16 +59,14 @@ def compare_runs(directory: Path) -> None:
     A full-precision row that several runs share stands there once; rows of one name get the overrides that tell them
     apart. Then a line each for the jobs that failed. Nothing is written where no job succeeded.
     """
-    from rich.console import Console
-
-    from bitnet.report import pareto, results_markdown, results_table
+    from bitnet.report import pareto, results_markdown, results_table, terminal
 
     jobs = _jobs(directory)
     records = _records(directory, jobs)
-    console = Console(highlight=False)
+    console = terminal()
     failures = [f"{name} ({_words(job['overrides'])}): {job['error']}" for name, job in jobs.items() if job["error"]]
     if records:
-        console.print(results_table(records, title=f"All runs ({directory})"))
+        console.print(results_table(records, title=f"All runs ({directory})", width=console.width))
         text = results_markdown(records)
         if failures:
             text += "\nFailed jobs:\n\n" + "".join(f"- {failure}\n" for failure in failures)

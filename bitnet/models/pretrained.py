@@ -1,5 +1,6 @@
 """A causal language model from a Hugging Face directory, in float32, its linears dense."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ def from_directory(path: str | Path) -> PreTrainedModel:
         if not torch.isfinite(parameter).all():
             raise InputError(f"{path}: {name} has values that are not finite: the checkpoint is damaged or diverged")
     return model
+
+
+def stored_dtype(path: str | Path) -> torch.dtype:
+    """The dtype of the weights in the files of a directory, as its config says; float32 where it says none."""
+    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    dtype = getattr(torch, str(name), None)
+    if not isinstance(dtype, torch.dtype):
+        raise InputError(f"{path}/config.json names the dtype {name!r}, which torch does not have")
+    return dtype
 
 
 def _refuse_quantized(path: Path, entry: dict[str, Any] | None) -> None:

@@ -1,10 +1,10 @@
-"""A linear layer whose weight is codes and what turns them into values: what evaluation, export and reports see."""
+"""Layers whose weight is codes and what turns them into values: what evaluation, export and reports see."""
 
 from dataclasses import fields
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
@@ -12,28 +12,21 @@ from bitnet.ops import quantized_linear
 from bitnet.quant import QTensor, QuantizedWeight, Quantizer
 
 
-class QuantizedLinear(nn.Module):
-    """Frozen linear layer: ``activation(x)`` times the quantized weight, plus bias. Not trainable.
+class QuantizedModule(nn.Module):
+    """Holds a quantized weight [rows, columns] as buffers, ``qdata`` and ``weight_<field>``. Not trainable.
 
-    The tensors of the weight are buffers: ``qdata`` and ``weight_<field>`` (``weight_scale``, ``weight_zero_point``).
     They keep their dtypes: ``model.bfloat16()`` changes none of them.
 
     Args:
-        weight: quantized weight [out, in]: a `QTensor`, or another dataclass of tensors and plain values.
-        bias: [out] or None.
-        activation: input [*rows, in] -> codes and scale; None leaves the input in float.
+        weight: a `QTensor`, or another dataclass of tensors and plain values.
 
     Raises:
         InputError: a scale that is not positive and finite, or a weight whose values are not.
     """
 
-    def __init__(
-        self, weight: QuantizedWeight, bias: Tensor | None = None, activation: Quantizer | None = None
-    ) -> None:
+    def __init__(self, weight: QuantizedWeight) -> None:
         super().__init__()
         _refuse_damaged(weight)
-        self.out_features, self.in_features = weight.shape
-        self.activation = activation
         self._weight_type, self._plain = type(weight), dict[str, Any]()
         self._tensors: dict[str, str] = {}  # field of the weight -> buffer of this module
         for each in fields(weight):  # pyright: ignore[reportArgumentType]  # a dataclass by contract
@@ -43,19 +36,12 @@ class QuantizedLinear(nn.Module):
                 self.register_buffer(self._tensors[each.name], value)
             else:
                 self._plain[each.name] = value
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @property
     def weight(self) -> QuantizedWeight:
-        """The quantized weight [out, in]."""
+        """The quantized weight."""
         tensors = {field: getattr(self, buffer) for field, buffer in self._tensors.items()}
         return self._weight_type(**tensors, **self._plain)
-
-    def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        if self.activation is None:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return nn.functional.linear(input, self.weight.dequantize(input.dtype), bias)
-        return quantized_linear(self.activation(input), self.weight, self.bias, result_dtype(input))
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # torch leaves it untyped
         """Move like any module, but keep every dtype of the weight: ``model.bfloat16()`` must not change it."""
@@ -67,8 +53,49 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        bits = self.weight.bits_per_weight
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits_per_weight={bits:.3f}"
+        rows, columns = self.weight.shape
+        return f"{rows}x{columns}, bits_per_weight={self.weight.bits_per_weight:.3f}"
+
+
+class QuantizedLinear(QuantizedModule):
+    """Frozen linear layer: ``activation(x)`` times the quantized weight, plus bias.
+
+    Args:
+        weight: quantized weight [out, in], see `QuantizedModule`.
+        bias: [out] or None.
+        activation: input [*rows, in] -> codes and scale; None leaves the input in float.
+    """
+
+    def __init__(
+        self, weight: QuantizedWeight, bias: Tensor | None = None, activation: Quantizer | None = None
+    ) -> None:
+        super().__init__(weight)
+        self.out_features, self.in_features = weight.shape
+        self.activation = activation
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        if self.activation is None:
+            bias = None if self.bias is None else self.bias.to(input.dtype)
+            return nn.functional.linear(input, self.weight.dequantize(input.dtype), bias)
+        return quantized_linear(self.activation(input), self.weight, self.bias, result_dtype(input))
+
+
+class QuantizedEmbedding(QuantizedModule):
+    """Frozen embedding: the values of one row of the quantized weight [entries, features] for each id, in ``dtype``."""
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(weight)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.dtype = dtype
+
+    def forward(self, input: Int64[Tensor, "*ids"]) -> Float[Tensor, "*ids features"]:
+        weight = self.weight
+        if not isinstance(weight, QTensor) or weight.scale.shape[0] != weight.shape[0]:
+            return nn.functional.embedding(input, weight.dequantize(self.dtype))
+        zero = None if weight.zero_point is None else weight.zero_point[input]
+        rows = QTensor(weight.qdata[input], weight.scale[input], weight.levels, zero, weight.group_size)
+        return rows.dequantize(self.dtype)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

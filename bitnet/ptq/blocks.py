@@ -12,23 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
+from bitnet.nn.linears import is_linear
 
 Hook = Callable[[str, Tensor], None]
 
 
 class Reached(Exception):
     """Raised inside a forward pass to end it where nothing further is needed."""
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix of its own: ``nn.Linear`` itself, or transformers' ``Conv1D`` (GPT-2)."""
-    return type(module) is nn.Linear or _is_conv1d(module)
-
-
-def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a linear as [out, in]; Conv1D keeps it as [in, out]."""
-    weight: Any = layer.weight
-    return weight.detach().t() if _is_conv1d(layer) else weight.detach()
 
 
 def find_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
@@ -111,7 +101,3 @@ def sharing_an_input(block: nn.Module, names: Sequence[str], forward: Callable[[
         else:
             stages.append([name])
     return stages
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed
@@ -22,16 +22,19 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
-from bitnet.nn import QuantizedLinear
+from bitnet.nn import QuantizedEmbedding, QuantizedLinear
 from bitnet.nn.convert import matching, refuse_shared_weights
-from bitnet.ptq.blocks import Reached, find_blocks, head_of, linears_of, sharing_an_input, watched, weight_of
+from bitnet.nn.linears import weight_of
+from bitnet.ptq.blocks import Reached, find_blocks, head_of, linears_of, sharing_an_input, watched
 from bitnet.ptq.flow import Flow
 from bitnet.ptq.hessian import relative_error
 from bitnet.ptq.journal import Journal
 from bitnet.ptq.progress import Progress, Silent
-from bitnet.ptq.protocol import PTQMethod, Statistic
+from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 from bitnet.ptq.settings import Driver, LayerResult
+from bitnet.ptq.smoothquant import smooth_, smoothing_pairs
 from bitnet.ptq.statistics import Activation, InputStatistics, StageInputs, in_parallel
+from bitnet.quant import QuantizedWeight
 from bitnet.quant.static import StaticActivation
 
 
@@ -82,6 +85,11 @@ class _Work:
         self.calibration = _own_share(_checked(calibration, self._needs_text()))
         self.prefix, self.blocks = find_blocks(model)
         self.chosen = self._chosen()
+        if self.options.embeddings and method.requires:
+            raise InputError(
+                f"an embedding has no inputs that {type(method).__name__} could be calibrated on: leave out "
+                "driver.embeddings, or choose a method without statistics (absmax, zeropoint, hqq, nf4)"
+            )
         self.results: list[LayerResult] = []
 
     def run(self, directory: Path | None) -> list[LayerResult]:
@@ -94,6 +102,8 @@ class _Work:
                         self._block(index, block, flow, journal)
                 if self.options.head:
                     self._head()
+                if self.options.embeddings:
+                    self._embeddings()
         finally:
             self.progress.end()
         return self.results
@@ -240,31 +250,36 @@ class _Work:
         """Quantize the layers ``names`` of ``parent``, which all have these inputs, and put them in their places."""
         for name in names:
             layer, full_name = parent.get_submodule(name), f"{prefix}.{name}" if prefix else name
-            weight, began = weight_of(layer), time.perf_counter()
-            try:
-                quantized = self.method.quantize(weight, inputs.stats)
-                seconds = time.perf_counter() - began
-                replacement = QuantizedLinear(quantized, layer.bias, inputs.quantizer())  # pyright: ignore
-            except InputError as error:
-                raise InputError(f"{full_name}: {error}") from error
+            quantized = self._quantized(full_name, weight_of(layer), inputs.stats)
+            replacement = QuantizedLinear(quantized, layer.bias, inputs.quantizer())  # pyright: ignore
             parent.set_submodule(name, replacement)
+
+    def _quantized(self, name: str, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
+        """The quantized weight, and a line about it among the results."""
+        began = time.perf_counter()
+        try:
+            quantized = self.method.quantize(weight, stats)
+            seconds = time.perf_counter() - began
             values, exact = quantized.dequantize(), weight.float()
-            hessian = None if inputs.stats is None else inputs.stats.hessian
-            error = None if hessian is None else relative_error(exact, values, hessian)
-            size = float(exact.square().sum())
-            weight_error = float((exact - values).square().sum()) / size if size else 0.0
-            shape = (weight.shape[0], weight.shape[1])
-            damping = None if inputs.stats is None else inputs.stats.damping
-            bits = quantized.bits_per_weight
-            self.results.append(LayerResult(full_name, shape, bits, error, weight_error, seconds, damping))
-            self.progress.layer(full_name, error)
+            if not bool(torch.isfinite(values).all()):
+                raise InputError("the quantized weight has values that are not finite: check the weight and the method")
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+        hessian = None if stats is None else stats.hessian
+        error = None if hessian is None else relative_error(exact, values, hessian)
+        size = float(exact.square().sum())
+        weight_error = float((exact - values).square().sum()) / size if size else 0.0
+        shape = (weight.shape[0], weight.shape[1])
+        damping = None if stats is None else stats.damping
+        result = LayerResult(name, shape, quantized.bits_per_weight, error, weight_error, seconds, damping)
+        self.results.append(result)
+        self.progress.layer(name, error)
+        return quantized
 
     def _smooth(self, index: int, block: nn.Module, flow: Flow) -> None:
         """Migrate the outliers of the block's inputs into its weights (SmoothQuant), where that is asked for."""
         if self.options.smoothquant is None:
             return
-        from bitnet.ptq.smoothquant import smooth_, smoothing_pairs
-
         first = next(iter(flow.states()))[0]
         names = linears_of(block)
         largest = {
@@ -274,14 +289,20 @@ class _Work:
         with watched(block, list(names), lambda name, x: largest[name].update(x)):
             for hidden, _ in flow.states():
                 flow.call(index, block, hidden)
-        for norm, linears in smoothing_pairs(block, lambda: flow.call(index, block, first)):
+        pairs = smoothing_pairs(block, lambda: flow.call(index, block, first))
+        if not pairs:
+            raise InputError(
+                f"SmoothQuant finds no norm in {self.prefix}.{index} whose outputs nn.Linear layers alone read: leave "
+                "out driver.smoothquant"
+            )
+        for norm, linears in pairs:
             statistics = largest[linears[0]]
             statistics.all_reduce()
             absmax = statistics.finish(f"{self.prefix}.{index}.{linears[0]}").absmax
             assert absmax is not None
             smooth_(
                 block.get_submodule(norm),
-                [block.get_submodule(name) for name in linears],
+                [cast(nn.Linear, block.get_submodule(name)) for name in linears],
                 absmax,
                 self.options.smoothquant,
             )
@@ -292,11 +313,21 @@ class _Work:
         refuse_shared_weights(self.model, [name])
         inputs = StageInputs(self._wanted(), weight_of(head).shape[1], self.activation, self.device)
         if self.calibration is not None and inputs.wants_anything:
-            with watched(self.model, [name], lambda _, x: inputs.update(x, None), stop=True):
+            # The full-precision hidden states end before the last norm: the head's target stays uncorrected.
+            with watched(self.model, [name], lambda _, x: inputs.update(x, x), stop=True):
                 for batch in self.calibration.split(self.options.batch_size):
                     _until_reached(lambda batch=batch: self.model(batch.to(self.device), use_cache=False))
             inputs.finish(name)
         self._quantize("", self.model, [name], inputs)
+
+    def _embeddings(self) -> None:
+        """Quantize the input embedding, whose rows are looked up and never multiplied: it has no statistics."""
+        embedding = self.model.get_input_embeddings()  # pyright: ignore
+        name = next(name for name, module in self.model.named_modules() if module is embedding)
+        refuse_shared_weights(self.model, [name])
+        weight = embedding.weight.detach()
+        quantized = self._quantized(name, weight, None)
+        self.model.set_submodule(name, QuantizedEmbedding(quantized, weight.dtype))
 
     @property
     def device(self) -> torch.device:

@@ -43,15 +43,12 @@ class Journal:
 
     def __init__(self, directory: Path, identity: Mapping[str, object]) -> None:
         self._directory = directory
-        settings = {name: _fingerprint(value) for name, value in identity.items()}
+        self._settings = {name: _fingerprint(value) for name, value in identity.items()}
         file = directory / SETTINGS
         if file.exists():
-            _refuse_other(directory, json.loads(file.read_text(encoding="utf-8")), settings)
+            _refuse_other(directory, json.loads(file.read_text(encoding="utf-8")), self._settings)
         elif directory.exists() and any(directory.iterdir()):
             raise InputError(f"{directory} is not empty and no unfinished quantization: name a new folder")
-        else:
-            with atomic_file(file) as partial:
-                partial.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
     def has(self, index: int) -> bool:
         """Whether block number ``index`` is finished."""
@@ -65,6 +62,9 @@ class Journal:
         results: Sequence["LayerResult"],
     ) -> None:
         """Write a finished block: its quantized weights by layer, other tensors to restore, and the results."""
+        if not (self._directory / SETTINGS).exists():
+            with atomic_file(self._directory / SETTINGS) as partial:
+                partial.write_text(json.dumps(self._settings, indent=2), encoding="utf-8")
         tensors = {f"extra|{name}": tensor.contiguous() for name, tensor in extra.items()}
         layers: dict[str, Any] = {}
         for name, weight in weights.items():

@@ -42,6 +42,7 @@ class Driver:
         include: patterns of the layers to quantize, as in `bitnet.convert`.
         exclude: patterns of the layers to leave.
         head: quantize the output head, too.
+        embeddings: quantize the input embedding, too, an entry like a row of a weight; for methods without statistics.
         layer_errors: measure every layer's error on the calibration text, even where the method does not need it.
         memory_budget: bytes of hidden states to keep in memory; the rest goes to files.
     """
@@ -52,6 +53,7 @@ class Driver:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     head: bool = False
+    embeddings: bool = False
     layer_errors: bool = True
     memory_budget: float = 2e9
 

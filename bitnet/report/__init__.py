@@ -5,7 +5,7 @@ from bitnet.report.loggers import close_loggers, csv_logger, make_loggers, tenso
 from bitnet.report.pareto import pareto
 from bitnet.report.plots import read_metrics, training_curves
 from bitnet.report.record import RunRecord, git_state, machine, versions
-from bitnet.report.tables import results_markdown, results_table
+from bitnet.report.tables import results_markdown, results_table, terminal
 from bitnet.report.wandb import wandb_logger
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "results_markdown",
     "results_table",
     "tensorboard_logger",
+    "terminal",
     "training_curves",
     "versions",
     "wandb_logger",

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from bitnet.errors import InputError
@@ -31,23 +32,25 @@ OPTIONAL = {  # columns that are there where a record has the field
     "claimed": "claimed_bits",
     "quantize s": "quantize_seconds",
 }
+LEAST_MISSED = ("quantize s", "bits/byte", "top-1", "KL", "claimed", "gap ±")  # first to go where a terminal is narrow
 UNKNOWN = "—"
 
 
 Cell = Callable[[RunRecord, Sequence[RunRecord]], str]
 
 
-def results_table(records: Sequence[RunRecord], *, title: str | None = None) -> Table:
+def results_table(records: Sequence[RunRecord], *, title: str | None = None, width: int | None = None) -> Table:
     """Return a Rich table, one row a record: losses and gaps in nats per token, MB of 10^6 bytes.
 
     The gap is the one measured beside the full-precision model or, where a record has none, the difference to the
     first full-precision row of the same model on the same tokens. It stays empty where there is neither: losses on
-    different texts, tokens or windows cannot be subtracted. Figures that no record has get no column.
+    different texts, tokens or windows cannot be subtracted. Figures that no record has get no column, and the least
+    missed ones none where the table would be wider than ``width`` characters.
 
     Raises:
         InputError: There is no record.
     """
-    columns = _columns(records)
+    columns = _fitting(_columns(records), records, width)
     table = Table(
         title=title,
         title_justify="left",
@@ -61,6 +64,12 @@ def results_table(records: Sequence[RunRecord], *, title: str | None = None) -> 
     for record in records:
         table.add_row(*(cell(record, records) for cell in columns.values()))
     return table
+
+
+def terminal() -> Console:
+    """Where results are printed: as wide as the terminal; on a pipe as wide as a table with all its columns."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=150)
 
 
 def results_markdown(records: Sequence[RunRecord]) -> str:
@@ -117,6 +126,17 @@ def _columns(records: Sequence[RunRecord]) -> dict[str, Cell]:
     }
     absent = [heading for heading, name in OPTIONAL.items() if all(getattr(record, name) is None for record in records)]
     return {heading: cell for heading, cell in columns.items() if heading not in absent}
+
+
+def _fitting(columns: dict[str, Cell], records: Sequence[RunRecord], width: int | None) -> dict[str, Cell]:
+    """``columns``, less the least missed of them until a table of them is no wider than ``width``."""
+    kept = dict(columns)
+    for heading in LEAST_MISSED:
+        widths = [max(len(name), *(len(cell(each, records)) for each in records)) for name, cell in kept.items()]
+        if width is None or sum(widths) + len(widths) + 1 <= width:
+            break
+        kept.pop(heading, None)
+    return kept
 
 
 def _legend(columns: Iterable[str]) -> str:

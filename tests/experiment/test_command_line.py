@@ -24,7 +24,7 @@ def test_the_help_page_names_every_choice_of_every_group(tmp_path):
     page = train("--help", cwd=tmp_path).stdout
     groups = [folder for folder in CONFIG.iterdir() if folder.is_dir() and folder.name not in ("hydra", "experiment")]
     for group in groups:
-        line = re.search(rf"^ +{group.name} +(.*)$", page, re.MULTILINE)
+        line = re.search(rf"^ +{group.name} +(.*(?:\n {{12,}}.*)*)$", page, re.MULTILINE)  # and lines that continue it
         assert line, group.name
         for file in group.glob("[!_]*.yaml"):
             if not (file.stem == "none" and group.name in ("size", "quantizer", "activation")):  # set by model= alone

@@ -1,0 +1,95 @@
+"""One model of a run on its way to a record: where it is written, how it is measured, what it took so far."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from transformers import PreTrainedModel
+
+from bitnet.data.datamodule import TextDataModule
+from bitnet.evaluation import footprint
+from bitnet.experiment.measure import Measure
+from bitnet.experiment.settings import build, command, plain
+from bitnet.models.pretrained import stored_dtype
+from bitnet.report import RunRecord, git_state, machine
+from bitnet.report.record import versions
+
+RECORD = "run.json"
+LATENT_RECORD = "latent.json"
+REFERENCE_RECORD = "reference.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What training took."""
+
+    steps: int
+    tokens: int
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """When a run began: for its duration, and for people."""
+
+    clock: float
+    date: str
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """What all records of one model share."""
+
+    cfg: DictConfig
+    directory: Path
+    data: TextDataModule
+    measure: Measure
+    fit: Fit
+    started: Started
+
+    def record(self, method: str, model: PreTrainedModel, figures: dict[str, Any], **more: Any) -> RunRecord:
+        """A record of ``model`` as it is now, with the ``figures`` of `Measure` and further fields."""
+        size = footprint(model, stored_dtype=self._stored_dtype())
+        sha, dirty = git_state(Path(__file__).parent)
+        fields: dict[str, Any] = {
+            "method": method,
+            "model": self.cfg.model.path or f"{self.cfg.model.body}-{model.config.hidden_act}-{_shape(model)}",
+            "data": self.data.describe(),
+            "bits_per_weight": size.bits_per_weight,
+            "bytes": size.bytes,
+            "tokens_per_s": self.fit.tokens_per_s,
+            "train_tokens": self.fit.tokens,
+            "steps": self.fit.steps,
+            "seed": self.cfg.seed,
+            "git_sha": sha,
+            "git_dirty": dirty,
+            "command": command(),
+            "config": plain(self.cfg),
+            "versions": versions(),
+            "machine": machine(),
+            "started": self.started.date,
+            "seconds": time.perf_counter() - self.started.clock,
+        }
+        return RunRecord(**fields, **figures, **more)
+
+    def keep(self, record: RunRecord) -> RunRecord:
+        """Write the record that ends the arm."""
+        record.write(self.directory / RECORD)
+        return record
+
+    def export(self, model: PreTrainedModel) -> None:
+        """Write what the configuration asks for; a folder that is there is whole: a run stopped after it."""
+        if self.cfg.export and not (self.directory / "hf").exists():
+            build(self.cfg.export).write(model, self.data.tokenizer, self.directory / "hf")
+
+    def _stored_dtype(self) -> torch.dtype | None:
+        """The dtype of a checkpoint that was not trained on: its weights are float32 here, but not in its files."""
+        path = self.cfg.model.path
+        return None if self.cfg.fit or path is None else stored_dtype(path)
+
+
+def _shape(model: PreTrainedModel) -> str:
+    return f"{model.config.hidden_size}x{model.config.num_hidden_layers}"

@@ -1,0 +1,105 @@
+"""A model that is quantized after its training: calibrate, quantize, evaluate beside the original, record."""
+
+import copy
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from bitnet.data.passages import ids_hash
+from bitnet.evaluation import TextProtocol
+from bitnet.experiment.arm import REFERENCE_RECORD, Arm
+from bitnet.experiment.settings import build
+from bitnet.files import atomic_file
+from bitnet.ptq import Driver, LayerResult, PTQMethod, quantize
+from bitnet.ptq.progress import ConsoleProgress
+from bitnet.quant.static import StaticActivation
+from bitnet.report import RunRecord, layers_markdown, layers_picture, terminal, write_layers_csv
+
+UNFINISHED = "quantized"  # finished blocks of a quantization that goes on, in the run's folder
+FULL_PRECISION = "full precision"
+
+
+def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
+    """Quantize ``model`` as the configuration says; returns the original's record and the quantized model's.
+
+    The run's folder gets ``layers.csv``, ``layers.md`` and ``layers.png`` beside the records. A run that was stopped
+    goes on after its last finished block.
+    """
+    cfg, directory = arm.cfg, arm.directory
+    method: PTQMethod = build(cfg.ptq)
+    driver: Driver = build(cfg.driver)
+    activation = build(cfg.activation) if cfg.activation else None
+    windows = _windows(cfg, arm, method, driver, activation)
+    beside = isinstance(arm.measure.protocol, TextProtocol) and arm.measure.protocol.compare
+    original = copy.deepcopy(model) if beside else None
+    before = None if beside else arm.record(FULL_PRECISION, model, arm.measure(model)[-1])
+    began = time.perf_counter()
+    results = quantize(
+        model,
+        method,
+        windows,
+        activation=activation,
+        driver=driver,
+        directory=directory / UNFINISHED,
+        progress=ConsoleProgress(terminal()),
+    )
+    seconds = time.perf_counter() - began
+    _tell_damping(cfg, results)
+    _write_layers(arm, results)
+    figures = arm.measure(model, original)
+    if before is None:
+        assert original is not None
+        before = arm.record(FULL_PRECISION, original, figures[0])
+    before.write(directory / REFERENCE_RECORD)
+    arm.export(model)
+    calibration = None if windows is None else {**_plain(cfg.calibration), "hash": ids_hash(windows)}
+    after = arm.record(
+        cfg.method,
+        model,
+        figures[-1],
+        claimed_bits=method.claimed_bits,
+        quantize_seconds=seconds,
+        calibration=calibration,
+    )
+    arm.keep(after)
+    shutil.rmtree(directory / UNFINISHED)
+    return [before, after]
+
+
+def _windows(cfg: DictConfig, arm: Arm, method: PTQMethod, driver: Driver, activation: object) -> Tensor | None:
+    """Calibration text, where anything asks for it."""
+    static = isinstance(activation, StaticActivation)
+    if not (method.requires or static or driver.smoothquant is not None or driver.layer_errors):
+        return None
+    chosen = cfg.calibration
+    window = chosen.window or cfg.data.block_size
+    return arm.data.calibration_windows(chosen.windows, window, documents=chosen.documents, seed=chosen.seed)
+
+
+def _write_layers(arm: Arm, results: Sequence[LayerResult]) -> None:
+    write_layers_csv(results, arm.directory / "layers.csv")
+    layers_picture(results, arm.directory / "layers.png", title=f"{arm.cfg.method}: error of each layer")
+    with atomic_file(arm.directory / "layers.md") as partial:
+        partial.write_text(layers_markdown(results), encoding="utf-8")
+
+
+def _tell_damping(cfg: DictConfig, results: Sequence[LayerResult]) -> None:
+    """Warn of layers whose Hessian needed more damping than was asked for."""
+    asked = cfg.ptq.get("damping")
+    raised = [each for each in results if asked is not None and each.damping is not None and each.damping > asked]
+    if raised:
+        warnings.warn(
+            f"{len(raised)} layers needed more damping than {asked} (up to "
+            f"{max(each.damping or 0 for each in raised)}), {raised[0].name} first: their inputs hardly vary; more "
+            "calibration text may help",
+            stacklevel=2,
+        )
+
+
+def _plain(node: DictConfig) -> dict[str, object]:
+    return {str(key): node[key] for key in node}
