@@ -93,7 +93,7 @@ def start(target: Float[Tensor, "in out"], orders: Int64[Tensor, " in"]) -> tupl
         column_grid.nearest(square_column.sqrt()),
         torch.zeros(target.shape, dtype=torch.uint8, device=target.device),
     )
-    return planes, torch.tensor([row_ends, column_ends])
+    return planes, torch.tensor([row_ends, column_ends], device=target.device)
 
 
 def _grid(scale: Float[Tensor, " n"]) -> tuple[ScaleGrid, tuple[float, float]]:

@@ -34,7 +34,7 @@ class Planes:
     codes: UInt8[Tensor, "in out"]
 
     def __post_init__(self) -> None:
-        self._levels = [levels(order) for order in range(MOST_PLANES + 1)]
+        self._levels = [levels(order).to(self.codes.device) for order in range(MOST_PLANES + 1)]
         self._middles = [(each[1:] + each[:-1]) / 2 for each in self._levels]
 
     @property
