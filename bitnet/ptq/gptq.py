@@ -110,8 +110,9 @@ class GPTQ:
         rounded = compensate(working, factor.upper.to(dtype), grid)
         values = rounded if order is None else values.index_copy_(0, order, rounded)
         grid.order = None
+        damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=dtype)
         for _ in range(self.sweeps):
-            values = sweep(columns, values, hessian, grid)
+            values = sweep(columns, values, damped, grid)
         return grid.codes(values)
 
 
