@@ -5,6 +5,7 @@
     layer = bitnet.BitLinear158(512, 2048)      # trains like nn.Linear, answers with ternary weights and int8 inputs
     frozen = layer.freeze()                     # integer codes and a scale: bit for bit the same answers
     names = bitnet.convert(model)               # every linear of a model but its head
+    rows = bitnet.quantize(model, bitnet.ptq.GPTQ(bits=4), token_ids)       # or quantize a trained one as it is
 
 The names below are loaded when they are first used, so that importing the package is instant (a command line that only
 prints its help page needs no torch). Training, data, export and reports live in their own subpackages.
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from bitnet.errors import InputError
     from bitnet.nn import BitLinear, BitLinear158, QuantizedLinear, convert, freeze
+    from bitnet.ptq import quantize
     from bitnet.quant import QTensor, fake_quantize
 
 __version__ = "0.1.0"
@@ -29,9 +31,10 @@ __all__ = [
     "convert",
     "fake_quantize",
     "freeze",
+    "quantize",
 ]
 
-_HOMES = {"InputError": "bitnet.errors", "QTensor": "bitnet.quant", "fake_quantize": "bitnet.quant"}
+_HOMES = {"InputError": "bitnet.errors", "QTensor": "bitnet.quant", "fake_quantize": "bitnet.quant", "quantize": "bitnet.ptq"}
 
 
 def __getattr__(name: str) -> Any:
