@@ -34,7 +34,12 @@ __all__ = [
     "quantize",
 ]
 
-_HOMES = {"InputError": "bitnet.errors", "QTensor": "bitnet.quant", "fake_quantize": "bitnet.quant", "quantize": "bitnet.ptq"}
+_HOMES = {
+    "InputError": "bitnet.errors",
+    "QTensor": "bitnet.quant",
+    "fake_quantize": "bitnet.quant",
+    "quantize": "bitnet.ptq",
+}
 
 
 def __getattr__(name: str) -> Any:

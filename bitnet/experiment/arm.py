@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from omegaconf import DictConfig
@@ -33,10 +35,17 @@ class Fit:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """When a run began: for its duration, and for people."""
+    """When a run began, and with which code: a process runs what it loaded, whatever happens to the files meanwhile."""
 
     clock: float
     date: str
+    git_sha: str | None
+    git_dirty: bool | None
+
+    @classmethod
+    def now(cls) -> Self:
+        date = datetime.now(UTC).isoformat(timespec="seconds")
+        return cls(time.perf_counter(), date, *_code())
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +62,6 @@ class Arm:
     def record(self, method: str, model: PreTrainedModel, figures: dict[str, Any], **more: Any) -> RunRecord:
         """A record of ``model`` as it is now, with the ``figures`` of `Measure` and further fields."""
         size = footprint(model, stored_dtype=self._stored_dtype())
-        sha, dirty = git_state(Path(__file__).parent)
         fields: dict[str, Any] = {
             "method": method,
             "model": self.cfg.model.path or f"{self.cfg.model.body}-{model.config.hidden_act}-{_shape(model)}",
@@ -64,8 +72,8 @@ class Arm:
             "train_tokens": self.fit.tokens,
             "steps": self.fit.steps,
             "seed": self.cfg.seed,
-            "git_sha": sha,
-            "git_dirty": dirty,
+            "git_sha": self.started.git_sha,
+            "git_dirty": self.started.git_dirty,
             "command": command(),
             "config": plain(self.cfg),
             "versions": versions(),
@@ -89,6 +97,12 @@ class Arm:
         """The dtype of a checkpoint that was not trained on: its weights are float32 here, but not in its files."""
         path = self.cfg.model.path
         return None if self.cfg.fit or path is None else stored_dtype(path)
+
+
+@cache
+def _code() -> tuple[str | None, bool | None]:
+    """Commit and changes of the code, as they were when the process asked first."""
+    return git_state(Path(__file__).parent)
 
 
 def _shape(model: PreTrainedModel) -> str:

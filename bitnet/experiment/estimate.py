@@ -11,6 +11,9 @@ from torch import nn
 from bitnet.data.tokenizer import TokenizerSpec, read_tokenizer
 from bitnet.experiment.settings import build
 from bitnet.nn import BitLinear, bit_linears
+from bitnet.nn.linears import weight_of
+from bitnet.ptq import PTQMethod, Statistic
+from bitnet.ptq.blocks import find_blocks, linears_of
 
 BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
 
@@ -24,14 +27,17 @@ def print_estimate(cfg: DictConfig, console: Console) -> None:
     else:
         with torch.device("meta"):
             model = build(cfg.model, vocab_size=cfg.model.vocab_size or vocab_size)
-    tokens_a_step = cfg.data.batch_size * cfg.data.block_size
+    figures = _of_training(model, cfg) if cfg.fit or not cfg.ptq else {}
+    if cfg.ptq:
+        figures |= _of_quantization(model, cfg)
     table = Table(title=f"Dry run of {cfg.method}", title_justify="left", show_header=False)
-    for name, value in _figures(model, tokens_a_step, cfg).items():
+    for name, value in figures.items():
         table.add_row(name, value)
     console.print(table)
 
 
-def _figures(model: nn.Module, tokens: int, cfg: DictConfig) -> dict[str, str]:
+def _of_training(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
+    tokens = cfg.data.batch_size * cfg.data.block_size
     parameters = sum(p.numel() for p in model.parameters())
     quantized = sum(layer.weight.numel() for _, layer in bit_linears(model))
     weights = [(layer.quantized_weight(), layer.weight.numel()) for _, layer in bit_linears(model)]
@@ -49,6 +55,31 @@ def _figures(model: nn.Module, tokens: int, cfg: DictConfig) -> dict[str, str]:
         "training memory: activations (estimate)": _bytes(activations),
         "tokens": f"{tokens * cfg.trainer.accumulate_grad_batches:,} a step, {cfg.trainer.max_steps:,} steps",
         "time (estimate)": f"{_duration(seconds)} at the {rate / 1e9:,.0f} GFLOP/s that a float32 product reaches here",
+    }
+
+
+def _of_quantization(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
+    """Counted from the shapes of the linears in the blocks: what calibration and an error-compensating method take."""
+    method: PTQMethod = build(cfg.ptq)
+    _, blocks = find_blocks(model)
+    shapes = [[tuple(weight_of(layer).shape) for layer in linears_of(block).values()] for block in blocks]
+    quantized = sum(out * columns for block in shapes for out, columns in block)
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = cfg.calibration.windows * (cfg.calibration.window or cfg.data.block_size)
+    widest = max(columns for block in shapes for _, columns in block)
+    block_bytes = max(4 * sum(out * columns for out, columns in block) for block in shapes)
+    hidden = 2 * 4 * tokens * min(columns for block in shapes for _, columns in block)  # a block's inputs and outputs
+    stages = sum(len({columns for _, columns in block}) + 2 for block in shapes)  # q, k, v; o; gate, up; down
+    flops = 2 * tokens * (4 * quantized + stages * widest**2)  # forward passes stage by stage, and their Hessians
+    if Statistic.HESSIAN in method.requires:
+        flops += sum(2 * columns**2 * (out + columns) for block in shapes for out, columns in block)
+    rate = _matmul_rate()
+    return {
+        "parameters": f"{parameters:,}, of which {quantized:,} quantized ({quantized / parameters:.0%})",
+        "quantized linears at the bits that the method goes by": _bytes(quantized * method.claimed_bits / 8),
+        "calibration": f"{tokens:,} tokens; hidden states {_bytes(hidden)}",
+        "memory: model, one block, one Hessian and its factor": _bytes(4 * parameters + block_bytes + 8 * widest**2),
+        "time (rough estimate)": f"{_duration(flops / rate)} at {rate / 1e9:,.0f} GFLOP/s, the evaluation not counted",
     }
 
 

@@ -5,10 +5,8 @@ the model, the data's bytes a token into the validation, the measured loss into 
 """
 
 import logging
-import time
 import warnings
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +95,7 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
         names = (REFERENCE_RECORD, LATENT_RECORD, RECORD)
         found = [directory / name for name in names if (directory / name).exists()]
         return [RunRecord.read(path) for path in found]
-    started = Started(time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds"))
+    started = Started.now()
     torch.manual_seed(cfg.seed)
     data = _build_data(cfg)
     model = _build_model(cfg, data)

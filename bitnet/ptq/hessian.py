@@ -51,14 +51,15 @@ def inverse_factor(hessian: Float[Tensor, "in in"], damping: float, order: Tenso
             f"the Hessian has {int((diagonal < 0).sum())} negative diagonal entries: it is no mean of x x^T"
         )
     mean = float(diagonal.double().mean()) or 1.0
-    if order is not None:
-        dead = dead[order]
+    order = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    dead, backwards = dead[order], order.flip(0)
     for share in _escalation(damping):
         for dtype in (torch.float32, torch.float64):
-            damped = hessian.to(dtype, copy=True) if order is None else hessian[order][:, order].to(dtype)
+            damped = hessian[backwards[:, None], backwards].to(dtype)  # one copy: with the factor and H itself, three
             damped.diagonal().add_(share * mean)
-            damped.diagonal()[dead] = 1.0
-            lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            damped.diagonal()[dead.flip(0)] = 1.0
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            del damped
             if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
                 upper = triangular_inverse_(lower).flip(0, 1).float().contiguous()
                 return InverseFactor(upper, dead, share)
