@@ -5,6 +5,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -13,12 +14,23 @@ from transformers import PreTrainedModel
 from bitnet.data.passages import ids_hash
 from bitnet.evaluation import TextProtocol
 from bitnet.experiment.arm import REFERENCE_RECORD, Arm
-from bitnet.experiment.settings import build
+from bitnet.experiment.settings import build, build_all
 from bitnet.files import atomic_file
 from bitnet.ptq import Driver, LayerResult, PTQMethod, quantize
 from bitnet.ptq.progress import ConsoleProgress
 from bitnet.quant.static import StaticActivation
-from bitnet.report import RunRecord, layers_markdown, layers_picture, terminal, write_layers_csv
+from bitnet.report import (
+    RunRecord,
+    close_loggers,
+    layers_markdown,
+    layers_picture,
+    make_loggers,
+    terminal,
+    write_layers_csv,
+)
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 UNFINISHED = "quantized"  # finished blocks of a quantization that goes on, in the run's folder
 FULL_PRECISION = "full precision"
@@ -33,6 +45,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
     cfg, directory = arm.cfg, arm.directory
     method: PTQMethod = build(cfg.ptq)
     driver: Driver = build(cfg.driver)
+    loggers = make_loggers(build_all(cfg.logger), directory) if cfg.logger else []
     activation = build(cfg.activation) if cfg.activation else None
     windows = _windows(cfg, arm, method, driver, activation)
     beside = isinstance(arm.measure.protocol, TextProtocol) and arm.measure.protocol.compare
@@ -66,6 +79,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         quantize_seconds=seconds,
         calibration=calibration,
     )
+    _log(loggers, after)
     arm.keep(after)
     shutil.rmtree(directory / UNFINISHED)
     return [before, after]
@@ -79,6 +93,15 @@ def _windows(cfg: DictConfig, arm: Arm, method: PTQMethod, driver: Driver, activ
     chosen = cfg.calibration
     window = chosen.window or cfg.data.block_size
     return arm.data.calibration_windows(chosen.windows, window, documents=chosen.documents, seed=chosen.seed)
+
+
+def _log(loggers: "Sequence[Logger]", record: RunRecord) -> None:
+    """The record's figures to the run's loggers, as ``ptq/...``."""
+    names = ("bits_per_weight", "bytes", "nll", "perplexity", "gap", "kl", "top1_agreement", "quantize_seconds")
+    figures = {f"ptq/{name}": value for name in names if (value := getattr(record, name)) is not None}
+    for logger in loggers:
+        logger.log_metrics(figures, step=record.steps)
+    close_loggers(loggers)
 
 
 def _write_layers(arm: Arm, results: Sequence[LayerResult]) -> None:

@@ -6,7 +6,6 @@ the model, the data's bytes a token into the validation, the measured loss into 
 
 import logging
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from bitnet.experiment.measure import Measure
 from bitnet.experiment.post_training import quantize_afterwards
 from bitnet.experiment.settings import (
     build,
+    build_all,
     check,
     claim_directory,
     discard_if_unused,
@@ -150,8 +150,8 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
     )
     module.bytes_per_token = data.bytes_per_token
     module.tokenizer_fingerprint = data.tokenizer_hash
-    loggers = make_loggers(_instantiate_all(cfg.logger), directory)
-    callbacks: list[Callback] = list(_instantiate_all(cfg.callbacks).values())
+    loggers = make_loggers(build_all(cfg.logger), directory)
+    callbacks: list[Callback] = list(build_all(cfg.callbacks).values())
     trainer: Trainer = build(
         cfg.trainer,
         accelerator=_accelerator(cfg),
@@ -175,10 +175,6 @@ def _accelerator(cfg: DictConfig) -> str:
     if cfg.trainer.accelerator != "auto":
         return cfg.trainer.accelerator
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _instantiate_all(nodes: DictConfig | None) -> Mapping[str, Any]:
-    return {str(name): build(node) for name, node in (nodes or {}).items() if node is not None}
 
 
 def _quiet() -> None:

@@ -136,6 +136,11 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         raise
 
 
+def build_all(nodes: DictConfig | None) -> dict[str, Any]:
+    """`build` each entry of a group that is a collection; one that is null is switched off."""
+    return {str(name): build(node) for name, node in (nodes or {}).items() if node is not None}
+
+
 def twin_of(cfg: DictConfig) -> DictConfig:
     """The same run in full precision: nothing quantized, and its own learning rate where one is given."""
     twin = cfg.copy()

@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,8 @@ from bitnet.errors import InputError
 from bitnet.export.protocol import ExportError
 from bitnet.files import atomic_directory
 from bitnet.models.build import DEQUANTIZED
-from bitnet.nn import BitLinear, QuantizedLinear, bit_linears
+from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedModule, bit_linears
+from bitnet.nn.linears import is_conv1d
 from bitnet.quant import QTensor, absmax, absmean_ternary
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class HuggingFaceExporter:
 
 def contents(model: nn.Module) -> str:
     """Return what a Hugging Face folder of ``model`` holds: dense, online or dequantized."""
-    quantized = [module for module in model.modules() if isinstance(module, BitLinear | QuantizedLinear)]
+    quantized = [module for module in model.modules() if isinstance(module, BitLinear | QuantizedModule)]
     if not quantized:
         return "dense"
     return "online" if all(_is_transformers_b158(module) for module in quantized) else "dequantized"
@@ -124,14 +125,18 @@ def _same(one: QTensor, other: QTensor) -> bool:
 
 
 def _dequantized(model: "PreTrainedModel") -> "PreTrainedModel":
-    """A copy of ``model`` with ordinary linears in the place of the quantized ones."""
+    """A copy of ``model`` with transformers' own layers in the place of the quantized ones."""
     model = copy.deepcopy(model)
+    with torch.device("meta"):
+        plain = type(model)(model.config)  # what stood there before
     for name, layer in list(model.named_modules()):
-        if isinstance(layer, BitLinear | QuantizedLinear):
-            weight = layer.weight if isinstance(layer, QuantizedLinear) else layer.quantized_weight()
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-            dense.weight = nn.Parameter(weight.dequantize(model.dtype))
-            dense.register_parameter("bias", layer.bias)
+        if isinstance(layer, BitLinear | QuantizedModule):
+            weight = layer.weight if isinstance(layer, QuantizedModule) else layer.quantized_weight()
+            values = weight.dequantize(model.dtype)
+            dense = plain.get_submodule(name)
+            dense.register_parameter("weight", nn.Parameter(values.t().contiguous() if is_conv1d(dense) else values))
+            if not isinstance(layer, QuantizedEmbedding):
+                dense.register_parameter("bias", cast("nn.Parameter | None", layer.bias))
             model.set_submodule(name, dense)
     return model
 

@@ -57,7 +57,7 @@ def test_a_run_records_the_original_and_the_quantized_model_on_the_same_tokens(q
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["ptq=absmax", "activation=absmax"],
+        ["ptq=absmax", "activation=absmax", "logger=tensorboard"],
         ["ptq=zeropoint", "activation=static", "activation.range=mse", "driver.smoothquant=0.5"],
         ["ptq=hqq", "driver.layer_errors=false", "driver.embeddings=true"],
         ["ptq=gptq_refined", "ptq.granularity=16", "driver.head=true"],

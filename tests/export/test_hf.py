@@ -8,13 +8,21 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from bitnet.errors import InputError
 from bitnet.export import ExportError, HuggingFaceExporter, contents, hf
 from bitnet.models import Size, from_directory, from_scratch
 from bitnet.nn import BitLinear, BitLinear158, bit_linears, convert, freeze
+from bitnet.ptq import Driver, RoundToNearest, quantize
 from bitnet.quant import absmax, absmean_ternary, centred_sign
 
 with warnings.catch_warnings():
@@ -287,3 +295,22 @@ def test_a_model_with_a_part_that_transformers_does_not_know_is_refused(tmp_path
     with pytest.raises(ExportError, match="extra_norm"):
         write(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_post_training_results_are_written_as_their_exact_values(kind, tmp_path):
+    """Fused Conv1D layers with biases (GPT-2), a quantized embedding and head (Llama)."""
+    torch.manual_seed(0)
+    if kind == "gpt2":
+        model: PreTrainedModel = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=2))
+    else:
+        model = tiny("llama", "silu")
+    quantize(
+        model.eval(), RoundToNearest(symmetric=True), driver=Driver(embeddings=kind == "llama", head=kind == "llama")
+    )
+    assert contents(model) == "dequantized"
+    HuggingFaceExporter().write(model, None, tmp_path / "hf")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    ids = torch.randint(128, (2, 9))
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
