@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitnet.errors import InputError
 from bitnet.ptq.billm.binary import Rule
+from bitnet.ptq.billm.checks import alive, check_scales
 from bitnet.ptq.billm.published import Recipe, compensation, salient_columns, split_rest
 from bitnet.ptq.billm.rowcolumn import RowColumnBinary
 from bitnet.ptq.billm.stored import pack_bits
@@ -117,10 +118,14 @@ class ARBLLM:
         return 1.0
 
     def quantize(self, weight: Float[Tensor, "out in"], stats: LayerStats | None) -> RowColumnBinary:
-        """Quantize ``weight``, in float32."""
+        """Quantize ``weight``, in float32.
+
+        Raises:
+            InputError: a weight is NaN or infinite, or too large for scales of float16.
+        """
         assert stats is not None
         assert stats.hessian is not None
-        working = weight.float().masked_fill(stats.hessian.diagonal() == 0, 0.0)
+        working = alive(weight, stats.hessian.diagonal())
         upper = stats.inverse_factor(self.damping).upper
         blocks: list[tuple[Tensor, ...]] = []
         for begin in range(0, weight.shape[1], self.block_size):
@@ -132,6 +137,7 @@ class ARBLLM:
         signs, residual, group, salient, row, first, second = (
             torch.cat(each, -1) for each in zip(*blocks, strict=True)
         )
+        check_scales(row.half(), advice="ptq=billm has scales of any size")
         return RowColumnBinary(
             pack_bits(signs),
             pack_bits(residual),

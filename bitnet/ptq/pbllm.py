@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int8, UInt8
 from torch import Tensor
 
 from bitnet.errors import InputError
+from bitnet.ptq.billm.checks import alive, check_scales
 from bitnet.ptq.billm.stored import pack_bits, unpack_bits
 from bitnet.ptq.compensation import compensate
 from bitnet.ptq.protocol import LayerStats, Statistic
@@ -110,16 +111,21 @@ class PBLLM:
         return 8 * self.share + 1 - self.share
 
     def quantize(self, weight: Float[Tensor, "out in"], stats: LayerStats | None) -> PartialBinary:
-        """Quantize ``weight``, in float32."""
+        """Quantize ``weight``, in float32.
+
+        Raises:
+            InputError: a weight is NaN or infinite, or too large for scales of float16.
+        """
         assert stats is not None
         assert stats.hessian is not None
-        target = weight.float().masked_fill(stats.hessian.diagonal() == 0, 0.0)
+        target = alive(weight, stats.hessian.diagonal())
         upper = stats.inverse_factor(self.damping).upper
         worth = target.abs() if self.saliency == "magnitude" else target.square() / upper.diagonal().square()
         count = round(self.share * target.numel())
         mask = torch.zeros(target.numel(), dtype=torch.bool, device=target.device)
         mask[worth.flatten().argsort(descending=True, stable=True)[:count]] = True
         grid = PartlyBinaryColumns.of(target, mask.view_as(target))
+        check_scales(grid.low.half(), grid.high.half(), advice="ptq=billm has scales of any size")
         compensate(target.t().contiguous(), upper, grid)
         codes, mask = grid.codes.t(), grid.mask.t()
         signs, high = pack_bits(codes[~mask] > 0), codes[mask].contiguous()

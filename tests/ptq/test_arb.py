@@ -186,6 +186,15 @@ def test_it_asks_for_the_hessian_and_claims_one_bit() -> None:
     assert method.claimed_bits == 1.0
 
 
+def test_weights_that_cannot_be_stored_are_refused() -> None:
+    weight, stats = layer(16, 40)
+    with pytest.raises(InputError, match=r"too large for scales in torch.float16"):
+        ARBLLM().quantize(weight * 1e6, stats)
+    weight[3, 4] = torch.nan
+    with pytest.raises(InputError, match="the weight holds NaN or infinity"):
+        ARBLLM().quantize(weight, stats)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

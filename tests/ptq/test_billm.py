@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bitnet.errors import InputError
 from bitnet.nn import QuantizedLinear
@@ -33,14 +34,18 @@ def layer(rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[
     return weight.to(dtype), LayerStats(n_tokens=500, hessian=x.t() @ x / 500)
 
 
-def reference(weight: Tensor, upper: Tensor, size: int, searches_saliency: bool) -> Tensor:
-    """The published algorithm as a plain loop with NaN for what is outside of a group. Float32, nothing rounded."""
+def reference(weight: Tensor, upper: Tensor, size: int, searches_saliency: bool, third_level: bool = True) -> Tensor:
+    """The published algorithm as a plain loop with NaN for what is outside of a group. Float32, nothing rounded.
+
+    ``third_level``: the sign of 0 is 0, as in the code; else +1.
+    """
+    sign = torch.sign if third_level else (lambda t: torch.where(t >= 0, 1.0, -1.0))
 
     def once(t: Tensor, mask: Tensor) -> Tensor:
         inside = torch.where(mask, t, torch.nan)
         mean = inside.nanmean(1, keepdim=True).nan_to_num(0)
         scale = (inside - mean).abs().nanmean(1, keepdim=True).nan_to_num(0)
-        return torch.where(mask, mean + scale * torch.sign(t - mean), 0.0)
+        return torch.where(mask, mean + scale * sign(t - mean), 0.0)
 
     def twice(t: Tensor, mask: Tensor) -> Tensor:
         return once(t, mask) + once(t - once(t, mask), mask)
@@ -72,6 +77,48 @@ def reference(weight: Tensor, upper: Tensor, size: int, searches_saliency: bool)
         out[:, begin:end] = once(own, sparse) + once(own, dense) + twice(own, salient)
         weight[:, end:] -= ((own - out[:, begin:end]) / diagonal) @ upper[begin:end, end:]
     return out
+
+
+def paper_reference(weight: Tensor, upper: Tensor, size: int) -> Tensor:
+    """The paper's algorithm 1 as a plain loop: no means, searches on the weights, the block's whole factor."""
+
+    def once(t: Tensor, mask: Tensor) -> Tensor:
+        scale = torch.where(mask, t.abs(), torch.nan).nanmean(1, keepdim=True).nan_to_num(0)
+        return torch.where(mask, scale * torch.where(t >= 0, 1.0, -1.0), 0.0)
+
+    def twice(t: Tensor, mask: Tensor) -> Tensor:
+        return once(t, mask) + once(t - once(t, mask), mask)
+
+    weight, out = weight.clone(), torch.zeros_like(weight)
+    for begin in range(0, weight.shape[1], size):
+        end = min(begin + size, weight.shape[1])
+        own = weight[:, begin:end]
+        ranked = own.abs().sum(0).argsort(descending=True, stable=True)
+        masks = []
+        for count in range(min(3, end - begin - 1), min(30, end - begin - 1) + 1):
+            masks.append(torch.zeros_like(own, dtype=torch.bool))
+            masks[-1][:, ranked[:count]] = True
+        salient = min(masks, key=lambda mask: float((own - twice(own, mask) - once(own, ~mask)).square().sum()))
+        largest, best = float(own[~salient].abs().max()), float("inf")
+        for share in torch.linspace(0.1, 0.9, 81):
+            sparse = (own.abs() > share * largest) & ~salient
+            found = once(own, sparse) + once(own, ~sparse & ~salient)
+            error = float((own * ~salient - found).square().sum())
+            if error < best:
+                best, out[:, begin:end] = error, found + twice(own, salient)
+        spread = (own - out[:, begin:end]).double() @ upper[begin:end, begin:end].double().inverse()
+        weight[:, end:] -= (spread @ upper[begin:end, end:].double()).float()
+    return out
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(24, 150), (7, 65), (5, 4)])
+def test_the_paper_variant_is_the_algorithm_of_the_paper(rows: int, columns: int) -> None:
+    weight, stats = layer(rows, columns)
+    assert stats.hessian is not None
+    alive = weight.masked_fill(stats.hessian.diagonal() == 0, 0.0)
+    expected = paper_reference(alive, stats.inverse_factor(0.01).upper, 64)
+    result = BiLLM(variant="paper", block_size=64, quirks={"scale_dtype": "float32"}).quantize(weight, stats)
+    torch.testing.assert_close(result.dequantize(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("search", ["saliency", "weights"])
@@ -114,6 +161,25 @@ def test_the_third_level_of_the_published_code_shows_in_weights_that_equal_their
     assert len(with_third.zeros) + len(with_third.zeros_second) > 0
     assert not torch.equal(with_third.dequantize(), two.dequantize())
     assert with_third.bits_per_weight > two.bits_per_weight  # where they are is stored, and counted
+
+
+@pytest.mark.parametrize("search", ["saliency", "weights"])
+def test_the_third_level_is_where_the_published_algorithm_has_it(search: str) -> None:
+    half = torch.randint(0, 4, (8, 24)).float()
+    weight = torch.cat([half, -half], 1)  # symmetric rows, so that means are 0 and zeros equal them
+    stats = LayerStats(n_tokens=9, hessian=torch.eye(48))
+    upper = stats.inverse_factor(0.01).upper
+    quirks = {"search": search, "scale_dtype": "float32"}
+    found = BiLLM(variant="official", quirks=quirks).quantize(weight, stats)
+    assert isinstance(found, BlockBinary)
+    expected = reference(weight, upper, 128, search == "saliency")
+    assert torch.equal(found.dequantize() == 0, expected == 0)
+    assert len(found.zeros) > 0
+    torch.testing.assert_close(found.dequantize(), expected, rtol=1e-5, atol=1e-5)
+    two = BiLLM(variant="official", quirks={**quirks, "third_level": False}).quantize(weight, stats)
+    plain = reference(weight, upper, 128, search == "saliency", third_level=False)
+    torch.testing.assert_close(two.dequantize(), plain, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(expected, plain)
 
 
 @pytest.mark.parametrize(("kind", "exact"), [("block", True), ("diagonal", False)])
@@ -241,8 +307,53 @@ def test_the_weights_live_in_a_layer(variant: str) -> None:
     assert torch.equal(result.dequantize(torch.bfloat16), result.dequantize().bfloat16())
 
 
+class HostReads(TorchDispatchMode):
+    """Counts how often a number goes from a tensor to Python: on a GPU, each is a wait for all work before it."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def host_reads(method: BiLLM, columns: int) -> int:
+    weight, stats = layer(16, columns)
+    stats.inverse_factor(method.damping, key="")
+    with HostReads() as reads:
+        method.quantize(weight, stats)
+    return reads.count
+
+
+def test_no_step_of_a_search_waits_for_the_host() -> None:
+    steps = [{"columns": (1, most)} for most in (3, 49)]
+    few, many = (host_reads(BiLLM(variant="official", quirks=each), 128) for each in steps)
+    assert few == many
+    assert host_reads(BiLLM(variant="official"), 256) - many <= 5  # a second block: two choices, and what torch asks
+    assert host_reads(BiLLM(), 256) == host_reads(BiLLM(sweeps=1), 64)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_weights_that_are_not_finite_are_refused(variant: str) -> None:
+    for bad in (float("nan"), float("inf")):
+        weight, stats = layer(16, 40)
+        weight[3, 4] = bad
+        with pytest.raises(InputError, match="the weight holds NaN or infinity"):
+            BiLLM(variant=variant).quantize(weight, stats)
+
+
+@pytest.mark.parametrize("variant", ["official", "paper", "refined"])
+def test_weights_that_are_too_large_for_the_scales_are_refused(variant: str) -> None:
+    weight, stats = layer(16, 40)
+    with pytest.raises(InputError, match=r"too large for scales in torch.float16.*: set quirks.scale_dtype"):
+        BiLLM(variant=variant).quantize(weight * 1e6, stats)
+    wide = BiLLM(variant=variant, quirks={"scale_dtype": "float32"}).quantize(weight * 1e6, stats)
+    assert torch.isfinite(wide.dequantize()).all()
+
+
 def test_what_a_method_asks_for_depends_on_its_options() -> None:
     method: PTQMethod = BiLLM()
+    assert BiLLM().variant == "ours"
     assert method.requires == {Statistic.HESSIAN}
     assert BiLLM(correction=0.5).requires == {Statistic.HESSIAN, Statistic.CROSS}
     assert BiLLM(bits=1.5).claimed_bits == 1.5

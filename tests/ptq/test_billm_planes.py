@@ -1,6 +1,7 @@
 """Weights in binary planes: bits that are kept to, steps that never lose, codes that come back."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -160,14 +161,15 @@ def test_half_the_published_bits_give_less_than_the_published_error() -> None:
     assert errors[0] < errors[1]
 
 
-def test_the_target_moves_towards_the_full_precision_output() -> None:
+@pytest.mark.parametrize("options", [{"bits": 3.0}, {"variant": "refined"}], ids=["ours", "refined"])
+def test_the_target_moves_towards_the_full_precision_output(options: dict[str, Any]) -> None:
     weight = torch.randn(32, 64)
     x_full = torch.randn(2000, 64) * torch.linspace(0.5, 2, 64)
     x = x_full + 0.3 * torch.randn(2000, 64) @ torch.randn(64, 64) / 8
     stats = LayerStats(n_tokens=2000, hessian=x.t() @ x / 2000, cross=(x - x_full).t() @ x / 2000)
     errors = []
     for correction in (0.0, 1.0):
-        values = BiLLM(bits=3.0, correction=correction).quantize(weight, stats).dequantize()
+        values = BiLLM(**options, correction=correction).quantize(weight, stats).dequantize()
         errors.append(float((x_full @ weight.t() - x @ values.t()).square().mean()))
     assert errors[1] < errors[0]
 

@@ -110,6 +110,15 @@ def test_it_asks_for_the_hessian() -> None:
     assert method.requires == {Statistic.HESSIAN}
 
 
+def test_weights_that_cannot_be_stored_are_refused() -> None:
+    weight, stats = layer(16, 40)
+    with pytest.raises(InputError, match=r"too large for scales in torch.float16"):
+        PBLLM().quantize(weight * 1e8, stats)
+    weight[3, 4] = torch.nan
+    with pytest.raises(InputError, match="the weight holds NaN or infinity"):
+        PBLLM().quantize(weight, stats)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

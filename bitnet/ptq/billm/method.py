@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitnet.errors import InputError
+from bitnet.ptq.billm.checks import alive, check_scales
 from bitnet.ptq.billm.ours import quantize_to_planes
 from bitnet.ptq.billm.planes import MOST_PLANES, PlaneWeight
 from bitnet.ptq.billm.published import OFFICIAL, PAPER, REFINED, Recipe, binarize
@@ -69,13 +70,17 @@ class BiLLM:
         return self.bits if self.variant == "ours" else 1.0
 
     def quantize(self, weight: Float[Tensor, "out in"], stats: LayerStats | None) -> PlaneWeight | BlockBinary:
-        """Quantize ``weight``, in float32."""
+        """Quantize ``weight``, in float32.
+
+        Raises:
+            InputError: a weight is NaN or infinite, or too large for scales of their dtype.
+        """
         assert stats is not None
         assert stats.hessian is not None
         diagonal = stats.hessian.diagonal()
         order = diagonal.argsort(descending=True, stable=True) if self.variant == "ours" else None
         factor = stats.inverse_factor(self.damping, order, key="" if order is None else "activation")
-        target = weight.float().masked_fill(diagonal == 0, 0.0)
+        target = alive(weight, diagonal)
         if self.correction:
             assert stats.cross is not None
             target = corrected_target(target, stats.cross, factor.upper, order, self.correction)
@@ -83,7 +88,10 @@ class BiLLM:
         if order is None:
             recipe, dtype = self._recipe()
             blocks = binarize(target, factor.upper, self.block_size, recipe, dtype)
-            return BlockBinary.from_blocks(blocks, self.block_size, dtype, recipe.means)
+            result = BlockBinary.from_blocks(blocks, self.block_size, dtype, recipe.means)
+            means = [] if result.mean is None else [result.mean]
+            check_scales(result.scale, *means, advice="set quirks.scale_dtype to bfloat16 or float32")
+            return result
         hessian = damped(stats.hessian, factor.damping)
         return quantize_to_planes(target, hessian, factor.upper, order, self.bits, self.sweeps)
 

@@ -101,4 +101,4 @@ def _grid(scale: Float[Tensor, " n"]) -> tuple[ScaleGrid, tuple[float, float]]:
     smallest = float(torch.where(scale > SMALLEST * largest, scale, largest).min())
     low, step = math.log(smallest / SPREAD), math.log(largest / smallest * SPREAD**2) / 254
     low, step = torch.tensor([low, step]).tolist()  # as they will be read back
-    return ScaleGrid.of(low, step), (low, step)
+    return ScaleGrid.of(low, step, scale.device), (low, step)

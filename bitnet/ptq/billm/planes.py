@@ -61,22 +61,22 @@ class ScaleGrid:
     table: Float[Tensor, " 256"]
 
     @staticmethod
-    def of(low: float, step: float) -> "ScaleGrid":
-        """The grid ``exp(low + k step)``, k = 0 to 254."""
+    def of(low: float, step: float, device: torch.device | None = None) -> "ScaleGrid":
+        """The grid ``exp(low + k step)``, k = 0 to 254, computed on the CPU wherever it will be."""
         steps = torch.arange(255, dtype=torch.float64)
-        return ScaleGrid(torch.cat([torch.zeros(1), torch.exp(low + step * steps).float()]))
+        return ScaleGrid(torch.cat([torch.zeros(1), torch.exp(low + step * steps).float()]).to(device))
 
     def codes(self, scale: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
         """The nearest scale's code; 0 for what is not positive."""
         middles = (self.table[1:] + self.table[:-1]) / 2
-        return torch.bucketize(scale, middles.to(scale.device)).to(torch.uint8)
+        return torch.bucketize(scale, middles).to(torch.uint8)
 
     def nearest(self, scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """``scale`` moved to the grid."""
         return self.values(self.codes(scale))
 
     def values(self, codes: UInt8[Tensor, "..."]) -> Float[Tensor, "..."]:
-        return self.table.to(codes.device)[codes.long()]
+        return self.table.take(codes.long())  # not [...]: it would fetch a single code from the device first
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +157,6 @@ class PlaneWeight:
             table[order, : 2**order] = levels(order).to(table.device)
         out = table.flatten()[(orders << MOST_PLANES) + self.codes().long()]
         low_step = self.grid.tolist()
-        out *= ScaleGrid.of(*low_step[0]).values(self.row_scale)[:, None]
-        out *= ScaleGrid.of(*low_step[1]).values(self.column_scale)
+        out *= ScaleGrid.of(*low_step[0], device=out.device).values(self.row_scale)[:, None]
+        out *= ScaleGrid.of(*low_step[1], device=out.device).values(self.column_scale)
         return out.to(dtype)
