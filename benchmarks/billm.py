@@ -2,19 +2,24 @@
 
     python benchmarks/billm.py --what bits                   # bits a weight of every part, from the tensors themselves
     python benchmarks/billm.py --what speed                  # one 2048 x 2048 layer, beside the published algorithm
+    python benchmarks/billm.py --what operations             # of the default on a Llama of 7B
     python benchmarks/billm.py --what model --model DIR --data DIR [--only NAME ...] [--json FILE]
+    python benchmarks/billm.py --what report --json FILE [--plot FILE]     # the table and the picture of all records
 
 `model` follows the protocol of most published figures: 128 calibration windows of 256 tokens at random places of 400
 training documents, perplexity of the joined validation text in windows of 256. DIR of the data has C4's layout. The
 published code calibrates a whole block at once; here every variant is calibrated stage by stage (true-sequential),
-but for `official`, which keeps to the code. Records are appended to FILE, one json a line.
+but for `official`, which keeps to the code. Records are appended to FILE, one json a line; the last of a name counts.
 """
 
 import argparse
 import gzip
 import json
 import math
+import runpy
+import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +27,14 @@ import torch
 from torch import Tensor
 
 from bitnet.nn import QuantizedLinear
-from bitnet.ptq import GPTQ, Driver, LayerStats, PTQMethod, quantize
-from bitnet.ptq.billm import BiLLM, BlockBinary, PlaneWeight
+from bitnet.ptq import ARBLLM, GPTQ, PBLLM, BiLLM, Driver, LayerStats, PTQMethod, quantize
+from bitnet.ptq.billm import PlaneWeight
 
 WEIGHTS: dict[str, Any] = {"search": "weights"}
 OURS: dict[str, Any] = {"damping": 0.1, "correction": 0.5}
-METHODS: dict[str, PTQMethod] = {
+FULL = "full precision"
+METHODS: dict[str, PTQMethod | None] = {
+    FULL: None,
     "ours 1.1": BiLLM(bits=1.1, **OURS),
     "ours 1.5": BiLLM(bits=1.5, **OURS),
     "ours 2.0": BiLLM(bits=2.0, **OURS),
@@ -37,9 +44,14 @@ METHODS: dict[str, PTQMethod] = {
     "official, on weights": BiLLM(variant="official", quirks=WEIGHTS),
     "paper": BiLLM(variant="paper"),
     "refined": BiLLM(variant="refined", **OURS),
+    "ARB-LLM RC": ARBLLM(),
+    "PB-LLM, 10 %": PBLLM(share=0.1),
+    "PB-LLM, 5 %": PBLLM(share=0.05),
     "GPTQ 2 bit": GPTQ(bits=2),
     "GPTQ 3 bit": GPTQ(bits=3),
+    "GPTQ refined 2 bit": GPTQ(bits=2, range="mse", correction=0.5, sweeps=4),
 }
+LLAMA_7B = (((4096, 4096),) * 4 + ((11008, 4096),) * 2 + ((4096, 11008),)) * 32
 
 
 def layer(rows: int, columns: int) -> tuple[Tensor, LayerStats]:
@@ -56,10 +68,12 @@ def bits(rows: int, columns: int) -> None:
     print(f"stored bits a weight of a {rows} x {columns} layer")
     for name, method in METHODS.items():
         if isinstance(method, BiLLM):
-            result = BiLLM(variant=method.variant, bits=method.bits, quirks=method.quirks).quantize(weight, stats)
+            method = BiLLM(variant=method.variant, bits=method.bits, quirks=method.quirks)  # without correction
+        if isinstance(method, BiLLM | ARBLLM | PBLLM):
+            result = method.quantize(weight, stats)
             parts = ", ".join(f"{part} {share:.3f}" for part, share in result.parts.items() if share)
-            claim = f" (claims {result.claimed_bits:.2f})" if isinstance(result, BlockBinary) else ""
-            print(f"{name:22} {result.bits_per_weight:.3f}{claim} = {parts}", flush=True)
+            claim = getattr(result, "claimed_bits", method.claimed_bits)
+            print(f"{name:22} {result.bits_per_weight:.3f} (claims {claim:.2f}) = {parts}", flush=True)
             if isinstance(result, PlaneWeight):
                 counts = torch.bincount(result.planes_per_column, minlength=6).tolist()
                 print(f"{'':22} columns of 0, 1, 2 ... planes: {counts}")
@@ -81,6 +95,20 @@ def speed(rows: int, columns: int) -> None:
         method.quantize(weight, stats)
         wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
         print(f"{name:22} {wall:.2f} s ({cpu:.2f} s of the processor)", flush=True)
+    plain = runpy.run_path(str(Path(__file__).parents[1] / "tests" / "ptq" / "test_billm.py"))["reference"]
+    upper = stats.inverse_factor(0.01).upper
+    begin, cpu = time.perf_counter(), time.process_time()
+    plain(weight, upper, 128, True)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    print(f"{'published, plain loop':22} {wall:.2f} s ({cpu:.2f} s of the processor)", flush=True)
+
+
+def operations(sweeps: int = 4) -> None:
+    """Print what `ours` does on a Llama of 7B: a product with a triangle, two with H, and one with H a sweep."""
+    flops = sum(2 * rows * columns**2 * (2.5 + sweeps) for rows, columns in LLAMA_7B)
+    steps = sum(columns * (1 + sweeps) for _, columns in LLAMA_7B)
+    print(f"{flops:.2g} operations, nearly all in matrix products: {flops / 1e13:.0f} s at 10 TFLOP/s")
+    print(f"{steps:,} column steps of about ten launches: {steps * 10 * 5e-6:.0f} s at 5 microseconds a launch")
 
 
 def model(path: Path, data: Path, only: list[str], record: Path | None) -> None:
@@ -97,27 +125,86 @@ def model(path: Path, data: Path, only: list[str], record: Path | None) -> None:
     text = torch.tensor(tokenizer("\n\n".join(documents(validation))).input_ids)
     for name in only or METHODS:
         network = from_directory(path)
-        begin = time.perf_counter()
-        driver = Driver(batch_size=16, true_sequential=not name.startswith("official"), layer_errors=True)
-        layers = quantize(network, METHODS[name], calibration, driver=driver)
-        seconds = time.perf_counter() - begin
-        weights = sum(math.prod(each.shape) for each in layers)
-        stored = sum(each.bits_per_weight * math.prod(each.shape) for each in layers)
-        errors = [each.relative_error or 0.0 for each in layers]
-        row = {
-            "name": name,
-            "claimed_bits": METHODS[name].claimed_bits,
-            "bits_per_weight": stored / weights,
-            "bytes": round(stored / 8),
-            "relative_error": sum(errors) / len(errors),
-            "perplexity": perplexity(network, text),
-            "seconds": seconds,
-            "seconds_in_method": sum(each.seconds for each in layers),
-        }
+        row = {"name": name, **quantized(network, name, calibration), "perplexity": perplexity(network, text)}
         print(json.dumps(row), flush=True)
         if record is not None:
             with record.open("a") as file:
                 file.write(json.dumps(row) + "\n")
+
+
+def quantized(network: torch.nn.Module, name: str, calibration: Tensor) -> dict[str, Any]:
+    """Quantize in place; what it took and gave. Seconds are of the processor, calibration included."""
+    method = METHODS[name]
+    if method is None:
+        return {"claimed_bits": 32, "bits_per_weight": 32, "bytes": 0, "relative_error": 0.0, "cpu_seconds": 0.0}
+    driver = Driver(batch_size=16, true_sequential=not name.startswith("official"), layer_errors=True)
+    begin, cpu = time.perf_counter(), time.process_time()
+    layers = quantize(network, method, calibration, driver=driver)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    weights = sum(math.prod(each.shape) for each in layers)
+    stored = sum(each.bits_per_weight * math.prod(each.shape) for each in layers)
+    results = [each.weight for each in network.modules() if isinstance(each, QuantizedLinear)]
+    claims = [getattr(each, "claimed_bits", method.claimed_bits) * math.prod(each.shape) for each in results]
+    return {
+        "claimed_bits": sum(claims) / weights,
+        "bits_per_weight": stored / weights,
+        "bytes": round(stored / 8),
+        "relative_error": sum(each.relative_error or 0.0 for each in layers) / len(layers),
+        "cpu_seconds": cpu,
+        "seconds": wall,
+        "seconds_in_method": sum(each.seconds for each in layers),
+    }
+
+
+def report(record: Path, plot: Path | None) -> None:
+    """Print the table of all records in Markdown, and draw them."""
+    rows = {row["name"]: row for row in map(json.loads, record.read_text().splitlines())}
+    full = rows.pop(FULL)
+    print(f"full precision: perplexity {full['perplexity']:.4f}\n")
+    print("| method | claimed bits | true bits | MB | perplexity | gap, nats | error | CPU seconds |")
+    print("|---|---|---|---|---|---|---|---|")
+    for row in sorted(rows.values(), key=lambda row: (not row["name"].startswith("ours"), row["bits_per_weight"])):
+        gap = math.log(row["perplexity"] / full["perplexity"])
+        seconds = f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else ""
+        print(
+            f"| {row['name']} | {row['claimed_bits']:.3g} | {row['bits_per_weight']:.2f} | {row['bytes'] / 1e6:.2f} "
+            f"| {row['perplexity']:.2f} | {gap:.3f} | {row['relative_error']:.4f} | {seconds} |"
+        )
+    if plot is not None:
+        from bitnet.report import pareto
+
+        title = "BiLLM's variants, ours, and others beside them: Llama of 6.8M parameters"
+        pareto([run_record(row) for row in (full, *rows.values())], plot, title=title)
+
+
+def run_record(row: dict[str, Any]) -> Any:
+    """The row as `bitnet.report` takes it."""
+    from bitnet.report import RunRecord
+
+    return RunRecord(
+        method=row["name"],
+        model="llama",
+        data={},
+        evaluation={"text": "c4 validation", "window": 256},
+        bits_per_weight=row["bits_per_weight"],
+        bytes=row["bytes"],
+        nll=math.log(row["perplexity"]),
+        perplexity=row["perplexity"],
+        claimed_bits=row["claimed_bits"],
+        bits_per_byte=None,
+        tokens_per_s=None,
+        train_tokens=0,
+        steps=0,
+        seed=0,
+        git_sha=None,
+        git_dirty=None,
+        command=" ".join(sys.argv),
+        config={},
+        versions={},
+        machine={},
+        started=datetime.now(UTC).isoformat(),
+        seconds=0.0,
+    )
 
 
 def documents(path: Path) -> list[str]:
@@ -146,7 +233,7 @@ def perplexity(network: torch.nn.Module, text: Tensor, window: int = 256) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=["bits", "speed", "model"], default="bits")
+    parser.add_argument("--what", choices=["bits", "speed", "operations", "model", "report"], default="bits")
     parser.add_argument("--rows", type=int)
     parser.add_argument("--columns", type=int)
     parser.add_argument("--threads", type=int, default=1)
@@ -154,12 +241,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", nargs="*", default=[], choices=list(METHODS))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "model":
         if arguments.model is None or arguments.data is None:
             parser.error("--what model needs --model and --data")
         model(arguments.model, arguments.data, arguments.only, arguments.json)
+    elif arguments.what == "report":
+        if arguments.json is None:
+            parser.error("--what report needs --json")
+        report(arguments.json, arguments.plot)
+    elif arguments.what == "operations":
+        operations()
     elif arguments.what == "bits":
         bits(arguments.rows or 512, arguments.columns or 512)
     else:
