@@ -59,6 +59,12 @@ class Footprint:
         chosen = [layer for layer in self.layers if layer.kind != "dense"] or self.layers
         return sum(layer.bits for layer in chosen) / sum(layer.n_weights for layer in chosen)
 
+    @property
+    def quantized_share(self) -> float:
+        """Weights that are quantized, as a share of all parameters."""
+        chosen = sum(layer.n_weights for layer in self.layers if layer.kind == "quantized")
+        return chosen / self.n_parameters
+
     def rows(self) -> list[tuple[str, str, str, str, str]]:
         """Cells of a table: name, kind, shape, bits per weight, bytes. A line each linear, the rest, the whole."""
         rest_bits = self.total_bits - sum(layer.bits for layer in self.layers)

@@ -78,7 +78,9 @@ def _of_quantization(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
         "parameters": f"{parameters:,}, of which {quantized:,} quantized ({quantized / parameters:.0%})",
         "quantized linears at the bits that the method goes by": _bytes(quantized * method.claimed_bits / 8),
         "calibration": f"{tokens:,} tokens; hidden states {_bytes(hidden)}",
-        "memory: model, one block, one Hessian and its factor": _bytes(4 * parameters + block_bytes + 8 * widest**2),
+        "memory: model (twice with evaluation.compare), block, Hessian, factor, a copy": _bytes(
+            (8 if cfg.evaluation.get("compare") else 4) * parameters + block_bytes + 12 * widest**2
+        ),
         "time (rough estimate)": f"{_duration(flops / rate)} at {rate / 1e9:,.0f} GFLOP/s, the evaluation not counted",
     }
 

@@ -1,13 +1,15 @@
 """What a model of the run is worth: the figures of its record, by the protocol that the configuration chooses."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from bitnet.data.datamodule import TextDataModule
+from bitnet.errors import InputError
 from bitnet.evaluation import BlocksProtocol, TextProtocol, evaluate_loss
 from bitnet.evaluation.tasks import evaluate_tasks
+from bitnet.report.loggers import require
 
 
 @dataclass(slots=True)
@@ -17,6 +19,23 @@ class Measure:
     protocol: BlocksProtocol | TextProtocol
     data: TextDataModule
     _ids: Tensor | None = field(default=None, init=False)
+    _bytes_per_token: float | None = field(default=None, init=False)
+
+    def prepare(self) -> None:
+        """Read the text and look for lm-eval now: what cannot be used is refused before any long work.
+
+        Raises:
+            InputError: no text in the split, sizes that do not fit, lm-eval asked for and not installed.
+        """
+        if self.protocol.tasks:
+            require("lm_eval", extra="eval")
+        if isinstance(self.protocol, TextProtocol):
+            self._text()
+            window, stride = self.protocol.window or self.data.block_size, self.protocol.stride
+            if stride is not None and stride > window:
+                raise InputError(
+                    f"evaluation.stride={stride} exceeds the window of {window} tokens: text would be lost"
+                )
 
     def __call__(self, model: nn.Module, reference: nn.Module | None = None) -> list[dict[str, Any]]:
         """The record's fields for ``model`` and, in front of it, those for ``reference`` where one is given.
@@ -47,7 +66,10 @@ class Measure:
 
     @property
     def _sizes(self) -> dict[str, Any]:
-        return {"block_size": self.data.block_size, "bytes_per_token": self.data.bytes_per_token}
+        if self._bytes_per_token is None:
+            text = self.data.tokenizer.decode(self._text(), skip_special_tokens=True)
+            self._bytes_per_token = len(cast(str, text).encode()) / len(self._text())
+        return {"block_size": self.data.block_size, "bytes_per_token": self._bytes_per_token}
 
     def _tasks(self, model: nn.Module) -> dict[str, Any]:
         if not self.protocol.tasks:

@@ -2,7 +2,6 @@
 
 import copy
 import shutil
-import time
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -47,11 +46,12 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
     driver: Driver = build(cfg.driver)
     loggers = make_loggers(build_all(cfg.logger), directory) if cfg.logger else []
     activation = build(cfg.activation) if cfg.activation else None
-    windows = _windows(cfg, arm, method, driver, activation)
+    needed = bool(method.requires) or isinstance(activation, StaticActivation) or driver.smoothquant is not None
+    windows = _windows(cfg, arm) if needed or driver.layer_errors else None
+    arm.measure.prepare()
     beside = isinstance(arm.measure.protocol, TextProtocol) and arm.measure.protocol.compare
     original = copy.deepcopy(model) if beside else None
     before = None if beside else arm.record(FULL_PRECISION, model, arm.measure(model)[-1])
-    began = time.perf_counter()
     results = quantize(
         model,
         method,
@@ -61,7 +61,6 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         directory=directory / UNFINISHED,
         progress=ConsoleProgress(terminal()),
     )
-    seconds = time.perf_counter() - began
     _tell_damping(cfg, results)
     _write_layers(arm, results)
     figures = arm.measure(model, original)
@@ -70,7 +69,11 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         before = arm.record(FULL_PRECISION, original, figures[0])
     before.write(directory / REFERENCE_RECORD)
     arm.export(model)
-    calibration = None if windows is None else {**_plain(cfg.calibration), "hash": ids_hash(windows)}
+    calibration = None
+    seconds = sum(layer.seconds for layer in results)
+    if needed and windows is not None:  # else the text was looked at for the layers' errors alone
+        calibration = {**_plain(cfg.calibration), "hash": ids_hash(windows)}
+        seconds += sum(layer.calibration_seconds for layer in results)
     after = arm.record(
         cfg.method,
         model,
@@ -85,11 +88,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
     return [before, after]
 
 
-def _windows(cfg: DictConfig, arm: Arm, method: PTQMethod, driver: Driver, activation: object) -> Tensor | None:
-    """Calibration text, where anything asks for it."""
-    static = isinstance(activation, StaticActivation)
-    if not (method.requires or static or driver.smoothquant is not None or driver.layer_errors):
-        return None
+def _windows(cfg: DictConfig, arm: Arm) -> Tensor:
     chosen = cfg.calibration
     window = chosen.window or cfg.data.block_size
     return arm.data.calibration_windows(chosen.windows, window, documents=chosen.documents, seed=chosen.seed)

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from bitnet.data.datamodule import TextDataModule
 from bitnet.data.tokenizer import check_vocabulary
+from bitnet.errors import InputError
 from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.measure import Measure
@@ -141,6 +142,11 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
         cfg.model, vocab_size=vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
     )
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(longest, int) and cfg.data.block_size > longest:
+        raise InputError(
+            f"data.block_size={cfg.data.block_size}, and the model takes {longest} tokens at most: lower it"
+        )
     return model
 
 

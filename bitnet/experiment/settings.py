@@ -94,6 +94,9 @@ def check(cfg: DictConfig) -> None:
     if cfg.twin_lr is not None and not cfg.twin:
         raise InputError("twin_lr is the learning rate of the twin: add twin=dense, or set optim.lr")
     _check_scalars(cfg)
+    for group in ("ptq", "driver", "evaluation"):
+        if cfg[group]:
+            build(cfg[group])  # refuses options that do not fit, before any work
     if str(cfg.trainer.precision).startswith("16"):
         raise InputError(f"trainer.precision={cfg.trainer.precision} needs a loss scaler: use bf16-mixed, or 32-true")
     if cfg.trainer.accelerator == "mps":
@@ -117,6 +120,8 @@ def _check_scalars(cfg: DictConfig) -> None:
         value = OmegaConf.select(cfg, key)
         if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"{key} must be a positive whole number, got {value!r}")
+    if type(cfg.calibration.seed) is not int:
+        raise InputError(f"calibration.seed must be a whole number, got {cfg.calibration.seed!r}")
     for key in SWITCHES:
         if not isinstance(cfg[key], bool):
             raise InputError(f"{key} must be true or false, got {cfg[key]!r}")
@@ -133,7 +138,14 @@ def build(node: DictConfig, **arguments: Any) -> Any:
     except InstantiationException as error:
         if isinstance(error.__cause__, InputError):
             raise error.__cause__ from None
+        if isinstance(error.__cause__, TypeError | ValueError):
+            raise InputError(f"{node._target_} cannot be made from {plain_node(node)}: {error.__cause__}") from error
         raise
+
+
+def plain_node(node: DictConfig) -> dict[str, Any]:
+    """The values of ``node`` beside its ``_target_``."""
+    return {str(key): node[key] for key in node if key not in INSTANTIATE_KEYS}
 
 
 def build_all(nodes: DictConfig | None) -> dict[str, Any]:
@@ -263,6 +275,9 @@ def _check_keys(path: str, node: DictConfig) -> None:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return
     _known(f"{path}.", set(map(str, node)) - INSTANTIATE_KEYS, parameters)
+    for name, parameter in parameters.items():
+        if parameter.annotation is bool and name in node and not isinstance(node[name], bool):
+            raise InputError(f"{path}.{name} must be true or false, got {node[name]!r}")
 
 
 def _known(prefix: str, keys: set[str], allowed: Any) -> None:

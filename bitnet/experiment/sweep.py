@@ -101,7 +101,8 @@ def _records(directory: Path, jobs: Mapping[str, Mapping[str, Any]]) -> "list[Ru
                 continue
             seen.add(result)
             record = dataclasses.replace(record, gap=gap_of(record, own))  # to the run's own twin, where it has one
-            found.append((record, [each for each in job["overrides"] if each in varied]))
+            words = [each for each in job["overrides"] if each in varied]
+            found.append((record, [each for each in words if each.partition("=")[2] != record.method]))
     found.sort(key=lambda each: not is_full_precision(each[0]))  # stable: full precision first
     counts = Counter(record.method for record, _ in found)
     return [
@@ -130,7 +131,7 @@ def _varied(overrides: Sequence[Sequence[str]]) -> set[str]:
 
 
 def _words(overrides: Sequence[str]) -> str:
-    return " ".join(overrides) if overrides else "no overrides"
+    return " ".join(each.removeprefix("ptq.") for each in overrides) if overrides else "no overrides"
 
 
 def _one_line(error: object) -> str:

@@ -260,7 +260,7 @@ def _refuse_unquantized(written: nn.Module, loaded: nn.Module) -> None:
 def _token_ids(model: "PreTrainedModel") -> Tensor:
     """Two rows of random tokens, the same ones every time."""
     config: Any = model.config.get_text_config()
-    length = min(32, config.max_position_embeddings)
+    length = min(32, getattr(config, "max_position_embeddings", 32))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(model.device)
 

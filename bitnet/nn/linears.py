@@ -6,8 +6,11 @@ from torch import Tensor, nn
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module multiplies by a matrix of its own: ``nn.Linear`` itself, or transformers' ``Conv1D`` (GPT-2)."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    """Whether a module multiplies by a matrix of its own as ``nn.Linear`` or transformers' ``Conv1D`` (GPT-2) do.
+
+    A subclass of ``nn.Linear`` with a forward pass of its own may do anything: it is none.
+    """
+    return (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or is_conv1d(module)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

@@ -56,6 +56,22 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module]:
     raise InputError(f"{type(model).__name__} has no output head that is a linear layer: leave out driver.head")
 
 
+def embedding_of(model: nn.Module) -> tuple[str, nn.Embedding]:
+    """The name of the model's input embedding, and the embedding.
+
+    Raises:
+        InputError: it is no plain ``nn.Embedding`` (Gemma's multiplies what it looks up).
+    """
+    get_embedding = getattr(model, "get_input_embeddings", None)
+    embedding = get_embedding() if get_embedding is not None else None
+    for name, module in model.named_modules():
+        if module is embedding and type(module) is nn.Embedding:
+            return name, module
+    raise InputError(
+        f"the input embedding is no plain nn.Embedding, got {type(embedding).__name__}: leave out embeddings"
+    )
+
+
 @contextmanager
 def watched(block: nn.Module, names: Sequence[str], hook: Hook, *, stop: bool = False) -> Iterator[None]:
     """Call ``hook(name, input)`` whenever one of the layers ``names`` of ``block`` is reached.

@@ -13,11 +13,11 @@ import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-import torch.distributed
 from jaxtyping import Int64
 from torch import Tensor, nn
 
@@ -25,15 +25,16 @@ from bitnet.errors import InputError
 from bitnet.nn import QuantizedEmbedding, QuantizedLinear
 from bitnet.nn.convert import matching, refuse_shared_weights
 from bitnet.nn.linears import weight_of
-from bitnet.ptq.blocks import Reached, find_blocks, head_of, linears_of, sharing_an_input, watched
+from bitnet.ptq.blocks import Reached, embedding_of, find_blocks, head_of, linears_of, sharing_an_input, watched
+from bitnet.ptq.checks import checked_text, one_activation, own_share, refuse_tied, warn_of_the_rest
 from bitnet.ptq.flow import Flow
 from bitnet.ptq.hessian import relative_error
 from bitnet.ptq.journal import Journal
 from bitnet.ptq.progress import Progress, Silent
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 from bitnet.ptq.settings import Driver, LayerResult
-from bitnet.ptq.smoothquant import smooth_, smoothing_pairs
-from bitnet.ptq.statistics import Activation, InputStatistics, StageInputs, in_parallel
+from bitnet.ptq.smoothquant import smooth_block_
+from bitnet.ptq.statistics import Activation, StageInputs, in_parallel
 from bitnet.quant import QuantizedWeight
 from bitnet.quant.static import StaticActivation
 
@@ -81,8 +82,8 @@ class _Work:
         progress: Progress,
     ) -> None:
         self.model, self.method, self.options, self.progress = model, method, options, progress
-        self.activation = _one_activation(method, activation)
-        self.calibration = _own_share(_checked(calibration, self._needs_text()))
+        self.activation = one_activation(method, activation)
+        self.calibration = own_share(checked_text(calibration, self._needs_text()))
         self.prefix, self.blocks = find_blocks(model)
         self.chosen = self._chosen()
         if self.options.embeddings and method.requires:
@@ -90,9 +91,16 @@ class _Work:
                 f"an embedding has no inputs that {type(method).__name__} could be calibrated on: leave out "
                 "driver.embeddings, or choose a method without statistics (absmax, zeropoint, hqq, nf4)"
             )
+        if options.head:
+            refuse_tied(model, head_of(model)[0], "driver.head")
+        if options.embeddings:
+            refuse_tied(model, embedding_of(model)[0], "driver.embeddings")
         self.results: list[LayerResult] = []
 
     def run(self, directory: Path | None) -> list[LayerResult]:
+        if directory is not None and in_parallel():
+            raise InputError("several processes cannot keep one folder of finished blocks: leave out directory=")
+        self._spill = None if directory is None else directory.parent
         journal = None if directory is None else Journal(directory, self._identity())
         self.progress.begin(len(self.blocks))
         try:
@@ -123,11 +131,15 @@ class _Work:
             for index, block in enumerate(self.blocks)
             for name in linears_of(block)
         }
-        include = matching(names, self.options.include, "include")
-        exclude = matching(names, self.options.exclude, "exclude")
+        include = matching(names, self.options.include, "driver.include")
+        exclude = matching(names, self.options.exclude, "driver.exclude")
         kept = [name for name in names if name in include and name not in exclude]
         if not kept:
-            raise InputError(f"nothing is left to quantize: exclude={list(self.options.exclude)} takes every layer out")
+            raise InputError(
+                f"nothing is left to quantize: driver.include={list(self.options.include)}, "
+                f"driver.exclude={list(self.options.exclude)} of {len(names)} layers"
+            )
+        warn_of_the_rest(self.prefix, self.blocks)
         refuse_shared_weights(self.model, kept)
         chosen: dict[int, list[str]] = {index: [] for index in range(len(self.blocks))}
         for name in kept:
@@ -156,22 +168,24 @@ class _Work:
             batch_size=self.options.batch_size,
             memory_budget=self.options.memory_budget,
             full_precision=Statistic.CROSS in self.method.requires,
+            directory=self._spill,
         )
 
     # Block by block
 
     def _block(self, index: int, block: nn.Module, flow: Flow, journal: Journal | None) -> None:
-        original = copy.deepcopy(block) if flow.full_precision else None
+        began = time.perf_counter()
+        self._smooth(index, block, flow)
+        original = copy.deepcopy(block) if flow.full_precision else None  # smoothed: its inputs are in the same units
         resumed = journal is not None and journal.has(index)
         if journal is not None and resumed:
             self._restore(index, block, journal)
         else:
             first = len(self.results)
-            self._smooth(index, block, flow)
             stages = self._stages(index, block, flow)
             for together in [[stage] for stage in stages] if self.options.true_sequential else [stages]:
-                for stage, inputs in zip(together, self._collect(index, block, original, together, flow), strict=True):
-                    self._quantize(f"{self.prefix}.{index}", block, stage, inputs)
+                self._collect_and_quantize(index, block, original, together, flow)
+            self._charge(first, time.perf_counter() - began)
             if journal is not None:
                 self._keep(index, block, journal, self.results[first:])
         if index + 1 < len(self.blocks) or self.options.head:
@@ -180,26 +194,21 @@ class _Work:
 
     def _keep(self, index: int, block: nn.Module, journal: Journal, results: list[LayerResult]) -> None:
         layers = {name: block.get_submodule(name) for name in self.chosen[index]}
-        extra: dict[str, Tensor] = {}
+        ranges: dict[str, Tensor] = {}  # of static activations
         for name, layer in layers.items():
             if isinstance(layer.activation, nn.Module):
-                extra |= {f"{name}.activation.{key}": value for key, value in layer.activation.state_dict().items()}
-        if self.options.smoothquant is not None:  # norms, and linears that stay dense, have changed too
-            quantized = tuple(f"{name}." for name in layers)
-            extra |= {key: value for key, value in block.state_dict().items() if not key.startswith(quantized)}
-        journal.keep(index, {name: layer.weight for name, layer in layers.items()}, extra, results)  # pyright: ignore
+                ranges |= {f"{name}|{key}": value for key, value in layer.activation.state_dict().items()}
+        journal.keep(index, {name: layer.weight for name, layer in layers.items()}, ranges, results)  # pyright: ignore
 
     def _restore(self, index: int, block: nn.Module, journal: Journal) -> None:
-        weights, extra, results = journal.restore(index)
+        weights, ranges, results = journal.restore(index, self.device)
         for name, weight in weights.items():
             activation = self.activation
             if isinstance(activation, StaticActivation):
-                prefix = f"{name}.activation."
-                state = {key.removeprefix(prefix): extra.pop(key) for key in list(extra) if key.startswith(prefix)}
-                activation = activation.restored(state)
+                own = {key.rpartition("|")[2]: value for key, value in ranges.items() if key.startswith(f"{name}|")}
+                activation = activation.restored(own).to(self.device)
             layer = block.get_submodule(name)
             block.set_submodule(name, QuantizedLinear(weight, layer.bias, activation))  # pyright: ignore
-        block.load_state_dict(extra, strict=False)
         self.results += [_result(each) for each in results]
 
     def _stages(self, index: int, block: nn.Module, flow: Flow) -> list[list[str]]:
@@ -221,6 +230,20 @@ class _Work:
                 "(calibration.windows), or leave them out (driver.exclude)"
             )
         return stages
+
+    def _collect_and_quantize(
+        self, index: int, block: nn.Module, original: nn.Module | None, stages: list[list[str]], flow: Flow
+    ) -> None:
+        """A function of its own, so that nothing keeps these stages' Hessians while the next ones are collected."""
+        for stage, inputs in zip(stages, self._collect(index, block, original, stages, flow), strict=True):
+            self._quantize(f"{self.prefix}.{index}", block, stage, inputs)
+            inputs.stats = None
+
+    def _charge(self, first: int, seconds: float) -> None:
+        """Put what a block took beside the method on its first layer's account."""
+        rest = seconds - sum(result.seconds for result in self.results[first:])
+        if len(self.results) > first:
+            self.results[first] = replace(self.results[first], calibration_seconds=rest)
 
     def _collect(
         self, index: int, block: nn.Module, original: nn.Module | None, stages: list[list[str]], flow: Flow
@@ -251,7 +274,10 @@ class _Work:
         for name in names:
             layer, full_name = parent.get_submodule(name), f"{prefix}.{name}" if prefix else name
             quantized = self._quantized(full_name, weight_of(layer), inputs.stats)
-            replacement = QuantizedLinear(quantized, layer.bias, inputs.quantizer())  # pyright: ignore
+            quantizer = inputs.quantizer()
+            if isinstance(quantizer, nn.Module):
+                quantizer = quantizer.to(self.device)
+            replacement = QuantizedLinear(quantized, layer.bias, quantizer)  # pyright: ignore
             parent.set_submodule(name, replacement)
 
     def _quantized(self, name: str, weight: Tensor, stats: LayerStats | None) -> QuantizedWeight:
@@ -278,39 +304,13 @@ class _Work:
 
     def _smooth(self, index: int, block: nn.Module, flow: Flow) -> None:
         """Migrate the outliers of the block's inputs into its weights (SmoothQuant), where that is asked for."""
-        if self.options.smoothquant is None:
-            return
-        first = next(iter(flow.states()))[0]
-        names = linears_of(block)
-        largest = {
-            name: InputStatistics([Statistic.ABSMAX], weight_of(layer).shape[1], self.device)
-            for name, layer in names.items()
-        }
-        with watched(block, list(names), lambda name, x: largest[name].update(x)):
-            for hidden, _ in flow.states():
-                flow.call(index, block, hidden)
-        pairs = smoothing_pairs(block, lambda: flow.call(index, block, first))
-        if not pairs:
-            raise InputError(
-                f"SmoothQuant finds no norm in {self.prefix}.{index} whose outputs nn.Linear layers alone read: leave "
-                "out driver.smoothquant"
-            )
-        for norm, linears in pairs:
-            statistics = largest[linears[0]]
-            statistics.all_reduce()
-            absmax = statistics.finish(f"{self.prefix}.{index}.{linears[0]}").absmax
-            assert absmax is not None
-            smooth_(
-                block.get_submodule(norm),
-                [cast(nn.Linear, block.get_submodule(name)) for name in linears],
-                absmax,
-                self.options.smoothquant,
-            )
+        if self.options.smoothquant is not None:
+            name = f"{self.prefix}.{index}"
+            smooth_block_(block, flow, lambda hidden: flow.call(index, block, hidden), self.options.smoothquant, name)
 
     def _head(self) -> None:
         """Quantize the output head, calibrated on the whole quantized model."""
         name, head = head_of(self.model)
-        refuse_shared_weights(self.model, [name])
         inputs = StageInputs(self._wanted(), weight_of(head).shape[1], self.activation, self.device)
         if self.calibration is not None and inputs.wants_anything:
             # The full-precision hidden states end before the last norm: the head's target stays uncorrected.
@@ -322,9 +322,7 @@ class _Work:
 
     def _embeddings(self) -> None:
         """Quantize the input embedding, whose rows are looked up and never multiplied: it has no statistics."""
-        embedding = self.model.get_input_embeddings()  # pyright: ignore
-        name = next(name for name, module in self.model.named_modules() if module is embedding)
-        refuse_shared_weights(self.model, [name])
+        name, embedding = embedding_of(self.model)
         weight = embedding.weight.detach()
         quantized = self._quantized(name, weight, None)
         self.model.set_submodule(name, QuantizedEmbedding(quantized, weight.dtype))
@@ -342,36 +340,6 @@ def _result(stored: dict[str, Any]) -> LayerResult:
 def _until_reached(forward: Callable[[], object]) -> None:
     with suppress(Reached):
         forward()
-
-
-def _one_activation(method: PTQMethod, activation: Activation) -> Activation:
-    own = getattr(method, "activation", None)
-    if own is not None and activation is not None:
-        raise InputError(
-            f"{type(method).__name__} quantizes the activations itself, and a second quantizer for them was given: "
-            "leave out activation=, or choose a method for weights alone"
-        )
-    return own if activation is None else activation
-
-
-def _checked(calibration: Tensor | None, needs: list[str]) -> Tensor | None:
-    if calibration is None:
-        if needs:
-            raise InputError(f"{' and '.join(needs)} need calibration text: give token ids [windows, window]")
-        return None
-    if calibration.dim() != 2 or calibration.is_floating_point() or not calibration.numel():
-        raise InputError(
-            f"calibration must be token ids, integers [windows, window], got {calibration.dtype} "
-            f"{list(calibration.shape)}"
-        )
-    return calibration.long()
-
-
-def _own_share(calibration: Tensor | None) -> Tensor | None:
-    """Of several processes each runs every so many windows; the statistics are reduced."""
-    if calibration is None or not in_parallel():
-        return calibration
-    return calibration[torch.distributed.get_rank() :: torch.distributed.get_world_size()]
 
 
 @contextmanager

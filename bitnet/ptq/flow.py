@@ -4,7 +4,9 @@ The model's own forward pass prepares what a block gets (masks, positions, rotar
 batch records it, and the blocks are then called with it directly.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -12,6 +14,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
+from bitnet.errors import InputError
 from bitnet.ptq.activations import ActivationStore
 from bitnet.ptq.blocks import Reached
 
@@ -29,6 +32,11 @@ class Flow:
         batch_size: windows in a batch.
         memory_budget: bytes of hidden states in memory.
         full_precision: carry the full-precision model's hidden states along.
+        directory: where hidden states beyond the budget go; None: the system's temporary folder.
+
+    Raises:
+        InputError: ids outside the vocabulary, or a model whose blocks need more than hidden states [batch, time,
+            features] and what depends on their shape (Gemma 3n and 4 give every block inputs that depend on the text).
     """
 
     def __init__(
@@ -40,17 +48,26 @@ class Flow:
         batch_size: int,
         memory_budget: float,
         full_precision: bool = False,
+        directory: Path | None = None,
     ) -> None:
         self.full_precision = full_precision and calibration is not None
         self._budget = memory_budget / (4 if self.full_precision else 2)  # a block's inputs and its outputs
-        self._states = self._original_states = ActivationStore(self._budget)
+        self._directory = directory
+        self._states = self._original_states = ActivationStore(self._budget, directory)
         self._arguments: list[dict[torch.Size, Arguments]] = [{} for _ in blocks]
         if calibration is None:
             return
         device = next(model.parameters()).device
         batches = [batch.to(device) for batch in calibration.split(batch_size)]
+        _check_ids(model, calibration)
         for batch in {batch.shape: batch for batch in batches}.values():
-            self._record(model, blocks, batch)
+            self._arguments = _recorded(model, blocks, batch, self._arguments)
+        again = _recorded(model, blocks, batches[0].flip(0, 1), [{} for _ in blocks])  # another text of that shape
+        if not _same(again, [{batches[0].shape: each[batches[0].shape]} for each in self._arguments]):
+            raise InputError(
+                f"the blocks of {type(model).__name__} get inputs beside the hidden states that depend on the text: "
+                "this driver cannot calibrate them"
+            )
         for batch in batches:
             self._states.append(_entrance(model, blocks[0], batch))
 
@@ -85,9 +102,13 @@ class Flow:
         self._original_states.close()
 
     def _next(self, index: int, block: nn.Module, states: ActivationStore) -> ActivationStore:
-        following = ActivationStore(self._budget)
-        for hidden in states:
-            following.append(self.call(index, block, hidden))
+        following = ActivationStore(self._budget, self._directory)
+        try:
+            for hidden in states:
+                following.append(self.call(index, block, hidden))
+        except BaseException:
+            following.close()
+            raise
         return following
 
     def _replace(self, states: ActivationStore, original_states: ActivationStore) -> None:
@@ -95,22 +116,63 @@ class Flow:
         self._original_states.close()
         self._states, self._original_states = states, original_states
 
-    def _record(self, model: nn.Module, blocks: list[nn.Module], batch: Tensor) -> None:
-        """Keep what every block is called with beside the hidden states, for batches of this shape."""
 
-        def keep(index: int) -> Any:
-            def before(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
-                rest = {name: value for name, value in named.items() if name != "hidden_states"}
-                self._arguments[index][batch.shape] = positional[1:], rest
+def _recorded(
+    model: nn.Module, blocks: list[nn.Module], batch: Tensor, found: list[dict[torch.Size, Arguments]]
+) -> list[dict[torch.Size, Arguments]]:
+    """``found``, and what every block is called with beside the hidden states for batches of this shape."""
+    found = [dict(each) for each in found]
 
-            return before
+    def keep(index: int) -> Callable[..., None]:
+        def before(module: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> None:
+            hidden = positional[0] if positional else named["hidden_states"]
+            if hidden.dim() != 3 or hidden.shape[:2] != batch.shape:
+                raise InputError(
+                    f"the blocks of {type(model).__name__} take hidden states {list(hidden.shape)} for ids "
+                    f"{list(batch.shape)}: this driver calibrates blocks of [batch, time, features]"
+                )
+            rest = {name: value for name, value in named.items() if name != "hidden_states"}
+            found[index][batch.shape] = positional[1:], rest
+            if index == len(blocks) - 1:
+                raise Reached
 
-        handles = [block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(blocks)]
-        try:
+        return before
+
+    handles = [block.register_forward_pre_hook(keep(index), with_kwargs=True) for index, block in enumerate(blocks)]
+    try:
+        with suppress(Reached):
             model(batch, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two structures hold equal tensors and the same of everything else that can be compared."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return type(one) is type(other)
+
+
+def _check_ids(model: nn.Module, ids: Tensor) -> None:
+    embedding = getattr(model, "get_input_embeddings", lambda: None)()
+    entries = getattr(embedding, "num_embeddings", None)
+    if entries is not None and not (int(ids.min()) >= 0 and int(ids.max()) < entries):
+        raise InputError(
+            f"calibration holds token ids from {int(ids.min())} to {int(ids.max())}, and the model has {entries} "
+            "embeddings: tokenize with the model's own tokenizer"
+        )
+    config = getattr(model, "config", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    if isinstance(longest, int) and ids.shape[1] > longest:
+        raise InputError(
+            f"calibration windows have {ids.shape[1]} tokens, and the model takes {longest}: lower calibration.window"
+        )
 
 
 def _entrance(model: nn.Module, first: nn.Module, batch: Tensor) -> Tensor:

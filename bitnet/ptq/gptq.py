@@ -73,8 +73,8 @@ class GPTQ:
             raise InputError(f"damping must be above 0 and at most 1 (of the mean diagonal), got {self.damping}")
         if not 0 <= self.correction <= 1:
             raise InputError(f"correction must be between 0 (off) and 1, got {self.correction}")
-        if self.sweeps < 0:
-            raise InputError(f"sweeps must be 0 or more, got {self.sweeps}")
+        if type(self.sweeps) is not int or self.sweeps < 0:
+            raise InputError(f"sweeps must be a whole number, 0 or more, got {self.sweeps!r}")
 
     @property
     def _grid(self) -> Grid:
@@ -105,14 +105,15 @@ class GPTQ:
         if self.groups == "static":
             grid.fit_all(target)
         columns = target.t().contiguous()
-        values = torch.empty_like(columns)
         working = columns.clone() if order is None else columns[order]
         rounded = compensate(working, factor.upper.to(dtype), grid)
-        values = rounded if order is None else values.index_copy_(0, order, rounded)
+        values = rounded if order is None else torch.empty_like(columns).index_copy_(0, order, rounded)
         grid.order = None
-        damped = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=dtype)
-        for _ in range(self.sweeps):
-            values = sweep(columns, values, damped, grid)
+        if self.sweeps:
+            damped = hessian.clone()
+            damped.diagonal().add_(factor.damping * hessian.diagonal().mean())
+            for _ in range(self.sweeps):
+                values = sweep(columns, values, damped, grid)
         return grid.codes(values)
 
 
@@ -175,8 +176,8 @@ class UniformColumns:
         self._out, self._columns = shape
         self._size = group_size_of(grid.granularity) or self._columns
         groups = -(-self._columns // self._size)
-        self._scale = torch.zeros(groups, self._out, dtype=importance.dtype)
-        self._zero = torch.zeros(groups, self._out, dtype=importance.dtype)
+        self._scale = importance.new_zeros(groups, self._out)
+        self._zero = importance.new_zeros(groups, self._out)
         self._dtype = SCALE_DTYPES[grid.scale_dtype]
         self._low, self._high = grid.low, grid.high
         self._fitted = False

@@ -47,7 +47,7 @@ class Journal:
         file = directory / SETTINGS
         if file.exists():
             _refuse_other(directory, json.loads(file.read_text(encoding="utf-8")), self._settings)
-        elif directory.exists() and any(directory.iterdir()):
+        elif directory.exists() and any(each.suffix != ".partial" for each in directory.iterdir()):
             raise InputError(f"{directory} is not empty and no unfinished quantization: name a new folder")
 
     def has(self, index: int) -> bool:
@@ -76,8 +76,10 @@ class Journal:
         with atomic_file(self._file(index)) as partial:
             save_file(tensors, partial, metadata=header)
 
-    def restore(self, index: int) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], list[dict[str, Any]]]:
-        """What `keep` got: weights, other tensors, and the fields of the results.
+    def restore(
+        self, index: int, device: torch.device | str = "cpu"
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor], list[dict[str, Any]]]:
+        """What `keep` got, on ``device``: weights, other tensors, and the fields of the results.
 
         Raises:
             InputError: the file is damaged.
@@ -85,14 +87,14 @@ class Journal:
         try:
             with safe_open(self._file(index), framework="pt") as file:  # pyright: ignore[reportPrivateImportUsage]
                 header = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise InputError(
                 f"{self._file(index)} is damaged ({error}): remove it to quantize the block again"
             ) from error
         split: dict[str, dict[str, Tensor]] = {"extra": {}}
         for name, tensor in tensors.items():
-            owner, _, field = name.rpartition("|")
+            owner, _, field = name.partition("|")
             split.setdefault(owner, {})[field] = tensor
         weights = {
             name: _weight_type(each["type"])(**split[name], **each["plain"])
@@ -123,9 +125,12 @@ def _refuse_other(directory: Path, found: dict[str, str], wanted: dict[str, str]
 def _fingerprint(value: object) -> str:
     if isinstance(value, nn.Module):
         digest = hashlib.sha256()
-        for name, parameter in value.named_parameters():
-            sums = parameter.detach().double().sum(), parameter.detach().double().square().sum()
-            digest.update(f"{name} {list(parameter.shape)} {sums[0].item()!r} {sums[1].item()!r}".encode())
+        for name, tensor in value.state_dict().items():
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            for part in tensor.detach().flatten().split(1 << 24):
+                digest.update(part.cpu().contiguous().view(torch.uint8).numpy())
+        config: Any = getattr(value, "config", None)
+        digest.update(config.to_json_string().encode() if hasattr(config, "to_json_string") else b"")
         return f"{type(value).__name__} {digest.hexdigest()[:16]}"
     if isinstance(value, Tensor):
         contents = value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()

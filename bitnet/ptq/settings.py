@@ -19,6 +19,8 @@ class LayerResult:
         seconds: of the method, without the collection of statistics.
         damping: share of the Hessian's mean diagonal that was added to it: what the method was told, or more where that
             did not make it positive definite; None where no Hessian was factored.
+        calibration_seconds: what its block took beside the method (forward passes, statistics); on the block's first
+            layer, 0 on the others.
     """
 
     name: str
@@ -28,6 +30,7 @@ class LayerResult:
     weight_error: float
     seconds: float
     damping: float | None = None
+    calibration_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,16 @@ class Driver:
     memory_budget: float = 2e9
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            if isinstance(patterns := getattr(self, name), str):
+                object.__setattr__(self, name, (patterns,))
+        for name in ("true_sequential", "head", "embeddings", "layer_errors"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"driver.{name} must be true or false, got {getattr(self, name)!r}")
+        if type(self.batch_size) is not int:
+            raise InputError(f"driver.batch_size must be a whole number, got {self.batch_size!r}")
+        if isinstance(self.memory_budget, str):
+            raise InputError(f"driver.memory_budget must be a number of bytes, got {self.memory_budget!r}")
         if self.batch_size < 1:
             raise InputError(f"driver.batch_size must be at least 1, got {self.batch_size}")
         if self.smoothquant is not None and not 0 <= self.smoothquant <= 1:

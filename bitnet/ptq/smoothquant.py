@@ -13,7 +13,7 @@ before once these divide them again. Source: Xiao et al., arXiv:2211.10438, eq. 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from bitnet.errors import InputError
+from bitnet.nn.linears import weight_of
+from bitnet.ptq.blocks import linears_of, watched
+from bitnet.ptq.flow import Flow
+from bitnet.ptq.protocol import Statistic
+from bitnet.ptq.statistics import InputStatistics
 
 SMALLEST = 1e-5  # largest magnitudes below count as this: their column and its inputs are as good as zero
 
@@ -56,6 +61,42 @@ def smooth_(
     for linear in linears:
         linear.weight.copy_(linear.weight.to(dtype) * s)
     return s
+
+
+def smooth_block_(
+    block: nn.Module, flow: Flow, call: Callable[[Tensor], Tensor], alpha: float, block_name: str
+) -> None:
+    """Smooth every pair of a block on the text that ``flow`` brings to it; ``call`` runs the block on hidden states.
+
+    Raises:
+        InputError: nothing in the block can take the division, or `smooth_` refuses.
+    """
+    layers = linears_of(block)
+    largest = {
+        name: InputStatistics([Statistic.ABSMAX], weight_of(layer).shape[1], weight_of(layer).device)
+        for name, layer in layers.items()
+    }
+    first: Tensor | None = None
+    with watched(block, list(layers), lambda name, x: largest[name].update(x)):
+        for hidden, _ in flow.states():
+            first = hidden if first is None else first
+            call(hidden)
+    assert first is not None
+    probe = first
+    pairs = smoothing_pairs(block, lambda: call(probe))
+    if not pairs:
+        raise InputError(
+            f"SmoothQuant finds no norm in {block_name} whose outputs nn.Linear layers alone read: leave out "
+            "driver.smoothquant"
+        )
+    for norm, names in pairs:
+        statistics = largest[names[0]]
+        statistics.all_reduce()
+        absmax = statistics.finish(f"{block_name}.{names[0]}").absmax
+        assert absmax is not None
+        smooth_(
+            block.get_submodule(norm), [cast(nn.Linear, block.get_submodule(name)) for name in names], absmax, alpha
+        )
 
 
 @torch.no_grad()

@@ -46,7 +46,11 @@ class InputStatistics:
                 case Statistic.HESSIAN:
                     total.addmm_(x.t(), x)
                 case Statistic.CROSS:
-                    assert full_precision is not None
+                    if full_precision is None or full_precision.numel() != x.numel():
+                        raise InputError(
+                            "the full-precision model does not send the same tokens to this layer (experts are chosen "
+                            "anew): set correction=0"
+                        )
                     total.addmm_((x - full_precision.detach().reshape(x.shape).float()).t(), x)
                 case Statistic.MEAN_SQUARE:
                     total.add_(x.square().sum(0))

@@ -35,9 +35,10 @@ def absmax_b1(x: Float[Tensor, "*rows cols"], *, granularity: Granularity = "row
 
 def check_bits(bits: int) -> int:
     """Raises InputError unless 2 <= bits <= 8."""
-    if not 2 <= bits <= 8:
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise InputError(
-            f"bits must be 2 to 8, got {bits}: for 1 bit use centred_sign, for 16 leave the layer as it is"
+            f"bits must be 2 to 8, a whole number, got {bits!r}: for 1 bit use centred_sign, for 16 leave the layer "
+            "as it is"
         )
     return bits
 

@@ -33,7 +33,7 @@ class Grid:
             `bitnet.quant.ranges`.
         scale_dtype: "float16", "bfloat16" or "float32": how scales are stored.
         percentile: share of the values that range percentile covers, in percent.
-        norm: exponent of the error that range mse minimises; GPTQ's is 2.4.
+        norm: exponent of the error that range mse minimises; GPTQ's published code has 2.4.
     """
 
     bits: float | int = 4

@@ -65,9 +65,10 @@ class Histogram:
             )
         largest = max(-low, high)
         self._widen(math.frexp(largest)[1] if largest else SMALLEST_EXPONENT)
-        inside = (values.abs() * (1 / self.width)).to(torch.int64)  # exact: the width is a power of two
-        bins = torch.where(values < 0, BINS_PER_SIDE - 1 - inside, BINS_PER_SIDE + inside)
-        self.counts += torch.bincount(bins, minlength=2 * BINS_PER_SIDE).cpu()
+        for part in values.split(1 << 22):
+            inside = (part.abs() * (1 / self.width)).to(torch.int64)  # exact: the width is a power of two
+            bins = torch.where(part < 0, BINS_PER_SIDE - 1 - inside, BINS_PER_SIDE + inside)
+            self.counts += torch.bincount(bins, minlength=2 * BINS_PER_SIDE).cpu()
         self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
 
     def merge(self, other: "Histogram") -> "Histogram":

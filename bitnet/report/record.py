@@ -58,6 +58,7 @@ class RunRecord:
     nll_interval: list[float] | None = None  # low and high, 95 %
     gap: float | None = None  # nats a token above the full-precision model, measured on the same tokens
     gap_interval: list[float] | None = None  # low and high, 95 %, of the paired difference
+    quantized_share: float | None = None  # quantized weights of the linears, of all parameters
     kl: float | None = None  # mean KL(full precision || this model), nats a token
     top1_agreement: float | None = None  # share of tokens where both hold the same one for the likeliest
     quantize_seconds: float | None = None  # of post-training quantization, calibration included

@@ -20,6 +20,7 @@ LEGEND = (
 )
 MORE_LEGEND = {
     "gap ±": "±: half the 95 % interval of the gap, windows of text resampled",
+    "share": "share: of all parameters that are quantized",
     "claimed": "claimed: the bits that the method goes by",
     "KL": "KL: divergence of the predictions from the full-precision model's, nats a token",
     "top-1": "top-1: tokens for which both models hold the same one for the likeliest",
@@ -30,9 +31,18 @@ OPTIONAL = {  # columns that are there where a record has the field
     "KL": "kl",
     "top-1": "top1_agreement",
     "claimed": "claimed_bits",
+    "share": "quantized_share",
     "quantize s": "quantize_seconds",
 }
-LEAST_MISSED = ("quantize s", "bits/byte", "top-1", "KL", "claimed", "gap ±")  # first to go where a terminal is narrow
+LEAST_MISSED = (
+    "quantize s",
+    "share",
+    "bits/byte",
+    "top-1",
+    "KL",
+    "claimed",
+    "gap ±",
+)  # first to go where a terminal is narrow
 UNKNOWN = "—"
 
 
@@ -121,6 +131,7 @@ def _columns(records: Sequence[RunRecord]) -> dict[str, Cell]:
         "bits/byte": figure("bits_per_byte", ".4f"),
         "claimed": figure("claimed_bits", ".2f"),
         "bits/weight": figure("bits_per_weight", ".3f"),
+        "share": figure("quantized_share", ".0%"),
         "MB": lambda record, _: _number(record.bytes / 1e6, ".2f"),
         "quantize s": figure("quantize_seconds", ".1f"),
     }
