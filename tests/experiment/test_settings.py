@@ -41,6 +41,15 @@ CONFIG = Path(__file__).parents[2] / "conf"
         (["model=dense", "ptq=gptq", "calibration.windows=0"], "calibration.windows must be a positive whole number"),
         (["model=dense", "ptq=gptq", "+ptq.bit=4"], r"unknown key ptq.bit: did you mean ptq.bits\?"),
         (["model=dense", "ptq=gptq", "+calibration.widnow=4"], "unknown key calibration.widnow"),
+        (["model=dense", "ptq=gptq", "calibration.seed=null"], "calibration.seed must be a whole number"),
+        (["model=dense", "ptq=gptq", "ptq.bits=9"], "bits must be 2 to 8"),
+        (["model=dense", "ptq=gptq", "ptq.bits=abc"], "bitnet.ptq.GPTQ cannot be made from"),
+        (["model=dense", "ptq=gptq", "ptq.symmetric=no"], "ptq.symmetric must be true or false, got 'no'"),
+        (["model=dense", "ptq=gptq", "ptq.sweeps=1.5"], "sweeps must be a whole number"),
+        (["model=dense", "ptq=hqq", "ptq.bits=2.5"], "a whole number, got 2.5"),
+        (["model=dense", "ptq=gptq", "driver.head=nope"], "driver.head must be true or false"),
+        (["model=dense", "ptq=gptq", "driver.batch_size=two"], "driver.batch_size must be a whole number"),
+        (["model=dense", "ptq=gptq", "driver.memory_budget=small"], "driver.memory_budget must be a number of bytes"),
     ],
 )
 def test_impossible_settings_are_refused(tiny, overrides, message):
@@ -84,7 +93,7 @@ def test_every_choice_of_every_group_names_constructors_and_their_parameters(tin
 
 @pytest.mark.parametrize("name", sorted(file.stem for file in (CONFIG / "experiment").glob("*.yaml")))
 def test_every_experiment_composes(tiny, name):
-    check(tiny(f"+experiment={name}", *(["model=hf", "model.path=x"] if name == "ptq" else [])))
+    check(tiny(f"+experiment={name}", *(["model=hf", "model.path=x", "data=c4"] if name == "ptq" else [])))
 
 
 def test_yaml_files_stay_under_fifty_lines():

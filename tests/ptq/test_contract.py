@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bitnet.nn import QuantizedLinear
-from bitnet.ptq import LayerStats, PTQMethod
+from bitnet.ptq import LayerStats, PTQMethod, RoundToNearest, Statistic
 from bitnet.ptq.hessian import relative_error
 
 FILES = sorted(file for file in (Path(__file__).parents[2] / "conf" / "ptq").glob("[!_]*.yaml") if file.stem != "none")
@@ -88,3 +88,16 @@ def test_zeros_stay_zeros(file):
     _, stats = problem(4, 64)
     values = method_of(file).quantize(torch.zeros(4, 64), stats).dequantize()
     assert values.abs().max() < 1e-4
+
+
+@every_method
+def test_what_looks_at_the_text_beats_rounding_to_nearest(file):
+    method = method_of(file)
+    if Statistic.HESSIAN not in method.requires or method.claimed_bits < 2:
+        return  # rounding to nearest has no grid of less than 2 bits
+    weight, stats = problem(48, 256)
+    nearest = RoundToNearest(symmetric=False, bits=int(method.claimed_bits)).quantize(weight, None)
+    quantized = method.quantize(weight, stats)
+    assert relative_error(weight, quantized.dequantize(), stats.hessian) < 0.8 * relative_error(
+        weight, nearest.dequantize(), stats.hessian
+    )

@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from toy_models import tiny_llama
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from bitnet.errors import InputError
-from bitnet.nn import QuantizedLinear
+from bitnet.nn import QuantizedEmbedding, QuantizedLinear
 from bitnet.ptq import GPTQ, Driver, LayerStats, Statistic, quantize
 from bitnet.ptq.blocks import find_blocks, linears_of, sharing_an_input
-from bitnet.quant import QTensor, absmax
+from bitnet.ptq.flow import Flow
+from bitnet.quant import QTensor, StaticActivation, absmax
 from bitnet.quant.grid import Grid
 
 
@@ -333,3 +335,117 @@ def test_a_model_without_blocks_is_refused(text):
 def test_driver_options_that_cannot_be_used_are_refused(options):
     with pytest.raises(InputError, match=f"driver.{next(iter(options))}"):
         Driver(**options)
+
+
+def test_smoothing_moves_the_full_precision_inputs_into_the_same_units(text):
+    """At the first block both models have the same inputs: nothing may be left to correct."""
+    model, method = tiny_llama(), Nearest(Statistic.CROSS, Statistic.HESSIAN)
+    model.model.layers[0].input_layernorm.weight.data[3] = 30.0
+    quantize(model, method, text, driver=Driver(smoothquant=0.5))
+    first = method.seen[0]
+    assert first.cross.abs().max() < 1e-4 * first.hessian.abs().max()
+
+
+@pytest.mark.parametrize("options", [{"driver": Driver(smoothquant=0.5)}, {"activation": StaticActivation()}, {}])
+def test_blocks_of_an_earlier_start_come_back_with_smoothing_and_ranges(text, tmp_path, options):
+    whole = tiny_llama()
+    quantize(whole, GPTQ(correction=0.5), text, **options, directory=tmp_path / "j")
+    (tmp_path / "j" / "block_00001.safetensors").unlink()
+    resumed = tiny_llama()
+    quantize(resumed, GPTQ(correction=0.5), text, **options, directory=tmp_path / "j")
+    assert same_weights(whole, resumed)
+
+
+def test_a_write_that_was_killed_is_no_obstacle(text, tmp_path):
+    (tmp_path / "j").mkdir()
+    (tmp_path / "j" / ".settings.json.1234.partial").write_text("{")
+    assert len(quantize(tiny_llama(), GPTQ(), text, directory=tmp_path / "j")) == 14
+
+
+def test_models_that_differ_in_the_place_of_two_weights_are_told_apart(text, tmp_path):
+    quantize(tiny_llama(), GPTQ(), text, directory=tmp_path / "j")
+    model = tiny_llama()
+    weight = model.model.layers[0].mlp.up_proj.weight
+    weight.data = weight.data.flip(0)
+    with pytest.raises(InputError, match="another model"):
+        quantize(model, GPTQ(), text, directory=tmp_path / "j")
+
+
+def test_blocks_with_arguments_of_their_own_get_them(text):
+    """Gemma 3 gives local and global attention other masks and rotary tables."""
+    torch.manual_seed(0)
+    config = Gemma3TextConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=5, max_position_embeddings=64,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(config).eval()
+    _, blocks = find_blocks(model)
+    expected: list[Tensor] = []
+    handle = blocks[-1].register_forward_hook(lambda module, args, output: expected.append(output))
+    logits(model, text[:8])
+    handle.remove()
+    with torch.no_grad(), Flow(model, blocks, text, batch_size=8, memory_budget=1e9) as flow:
+        for index, block in enumerate(blocks):
+            if index == len(blocks) - 1:
+                found = flow.call(index, block, next(iter(flow.states()))[0])
+            else:
+                flow.advance(index, block, None)
+    assert torch.equal(found, expected[0])
+
+
+def test_blocks_whose_other_inputs_depend_on_the_text_are_refused(text):
+    class Peeking(Mixture):
+        def forward(self, input_ids: Tensor, use_cache: bool = False) -> Tensor:
+            hidden = self.embedding(input_ids)
+            for layer in self.layers:
+                hidden = layer(hidden, input_ids)
+            return hidden
+
+    model = Peeking(True)
+    for layer in model.layers:
+        layer.forward = lambda hidden, ids, layer=layer: Experts.forward(layer, hidden)
+    with pytest.raises(InputError, match="depend on the text"):
+        quantize(model, GPTQ(), text)
+
+
+def test_matrices_outside_linear_layers_are_named(text):
+    model = Mixture(True)
+    model.layers[0].extra = nn.Parameter(torch.randn(2, 8, 8))
+    with pytest.warns(UserWarning, match=r"31% of the weights .* stay as they are: layers.0.extra"):
+        quantize(model, GPTQ(), text)
+
+
+def test_an_embedding_that_does_more_than_look_up_is_refused(llama, text):
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3 * super().forward(input)
+
+    llama.set_input_embeddings(Scaled(60, 40))
+    with pytest.raises(InputError, match=r"no plain nn\.Embedding, got Scaled"):
+        quantize(llama, Nearest(), driver=Driver(embeddings=True))
+
+
+def test_embeddings_are_looked_up_in_their_quantized_values(text):
+    model = tiny_llama()
+    quantize(model, Nearest(), driver=Driver(embeddings=True))
+    embedding = model.model.embed_tokens
+    assert isinstance(embedding, QuantizedEmbedding)
+    assert torch.equal(embedding(text), embedding.weight.dequantize()[text])
+    with pytest.raises(InputError, match="no inputs that GPTQ could be calibrated on"):
+        quantize(tiny_llama(), GPTQ(), text, driver=Driver(embeddings=True))
+
+
+def test_ids_that_the_model_cannot_read_are_refused(llama, text):
+    for ids, message in ((text + 60, "60 embeddings"), (text - 1, "ids from -1"), (text.repeat(1, 3), "takes 64")):
+        with pytest.raises(InputError, match=message):
+            quantize(llama, GPTQ(), ids)
+    for ids in (text.tolist(), text > 3, text.to(torch.complex64)):
+        with pytest.raises(InputError, match="token ids"):
+            quantize(llama, GPTQ(), ids)
+
+
+def test_a_method_has_to_be_made_and_a_pattern_may_stand_alone(llama, text):
+    with pytest.raises(InputError, match=r"GPTQ\(\), not GPTQ"):
+        quantize(llama, GPTQ, text)
+    assert len(quantize(llama, GPTQ(), text, driver=Driver(exclude="q_proj"))) == 12

@@ -124,12 +124,8 @@ def test_it_is_closer_than_rounding_to_nearest(bits, order):
 def test_no_sweep_makes_the_error_larger(options):
     x, weight = inputs(150, dead=3), torch.randn(32, 150, dtype=torch.float64) * 0.02
     stats = stats_of(x)
-    errors = [
-        relative_error(
-            weight, GPTQ(**({"bits": 2} | options), sweeps=n).quantize(weight, stats).dequantize(), damped(stats.hessian)
-        )
-        for n in range(4)
-    ]
+    results = [GPTQ(**({"bits": 2} | options), sweeps=n).quantize(weight, stats).dequantize() for n in range(4)]
+    errors = [relative_error(weight, each, damped(stats.hessian)) for each in results]
     assert errors[1] < errors[0]
     assert errors == sorted(errors, reverse=True)
 
