@@ -9,7 +9,8 @@
 `model` follows the protocol of most published figures: 128 calibration windows of 256 tokens at random places of 400
 training documents, perplexity of the joined validation text in windows of 256. DIR of the data has C4's layout. The
 published code calibrates a whole block at once; here every variant is calibrated stage by stage (true-sequential),
-but for `official`, which keeps to the code. Records are appended to FILE, one json a line; the last of a name counts.
+but for `official`, which keeps to the code. Records are appended to FILE, one json a line; of two of one name
+the later one's figures count.
 """
 
 import argparse
@@ -111,8 +112,8 @@ def operations(sweeps: int = 4) -> None:
     print(f"{steps:,} column steps of about ten launches: {steps * 10 * 5e-6:.0f} s at 5 microseconds a launch")
 
 
-def model(path: Path, data: Path, only: list[str], record: Path | None) -> None:
-    """Quantize and measure the model once for each method."""
+def model(path: Path, data: Path, only: list[str], record: Path | None, *, evaluate: bool) -> None:
+    """Quantize and measure the model once for each method; without perplexity where it is not to be evaluated."""
     from transformers import AutoTokenizer
 
     from bitnet.data.passages import random_windows
@@ -125,7 +126,9 @@ def model(path: Path, data: Path, only: list[str], record: Path | None) -> None:
     text = torch.tensor(tokenizer("\n\n".join(documents(validation))).input_ids)
     for name in only or METHODS:
         network = from_directory(path)
-        row = {"name": name, **quantized(network, name, calibration), "perplexity": perplexity(network, text)}
+        row = {"name": name, **quantized(network, name, calibration)}
+        if evaluate:
+            row["perplexity"] = perplexity(network, text)
         print(json.dumps(row), flush=True)
         if record is not None:
             with record.open("a") as file:
@@ -158,7 +161,9 @@ def quantized(network: torch.nn.Module, name: str, calibration: Tensor) -> dict[
 
 def report(record: Path, plot: Path | None) -> None:
     """Print the table of all records in Markdown, and draw them."""
-    rows = {row["name"]: row for row in map(json.loads, record.read_text().splitlines())}
+    rows: dict[str, dict[str, Any]] = {}
+    for row in map(json.loads, record.read_text().splitlines()):
+        rows[row["name"]] = rows.get(row["name"], {}) | row
     full = rows.pop(FULL)
     print(f"full precision: perplexity {full['perplexity']:.4f}\n")
     print("| method | claimed bits | true bits | MB | perplexity | gap, nats | error | CPU seconds |")
@@ -240,6 +245,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--only", nargs="*", default=[], choices=list(METHODS))
+    parser.add_argument("--seconds-only", action="store_true", help="no perplexity: the row joins the one in --json")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
@@ -247,7 +253,7 @@ def main() -> None:
     if arguments.what == "model":
         if arguments.model is None or arguments.data is None:
             parser.error("--what model needs --model and --data")
-        model(arguments.model, arguments.data, arguments.only, arguments.json)
+        model(arguments.model, arguments.data, arguments.only, arguments.json, evaluate=not arguments.seconds_only)
     elif arguments.what == "report":
         if arguments.json is None:
             parser.error("--what report needs --json")
