@@ -8,8 +8,8 @@
 
 All loops get the same weight, Hessian and 4-bit grid (groups of 128, fitted beforehand) and are timed in turn in one
 process, round after round; printed are medians, ratios, and how much the results differ. ``textbook`` updates the whole
-rest of the matrix after each column (algorithm 1 without its blocks; timed once); ``published`` is the lazy batch of algorithm 1:
-blocks of 128 columns, column by column inside a block, on the weight as it lies [out, in].
+rest of the matrix after each column (algorithm 1 without its blocks; timed once); ``published`` is the lazy batch of
+algorithm 1: blocks of 128 columns, column by column inside a block, on the weight as it lies [out, in].
 """
 
 import argparse
