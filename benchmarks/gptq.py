@@ -3,7 +3,7 @@
     python benchmarks/gptq.py                    # 2048x2048 and 2048x5632, at equal results
     python benchmarks/gptq.py --what width       # time of one layer against its width, extrapolated to 7B and 70B
     python benchmarks/gptq.py --what depth       # time and peak memory of a whole model against its number of blocks
-    python benchmarks/gptq.py --what all --plot gptq.png
+    python benchmarks/gptq.py --what growth --plot gptq.png
     python benchmarks/gptq.py --threads 1
 
 All loops get the same weight, Hessian and 4-bit grid (groups of 128, fitted beforehand) and are timed in turn in one
@@ -210,18 +210,18 @@ def draw(path: str, by_width: list[tuple[float, float]], by_depth: list[tuple[fl
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--what", choices=("layers", "width", "depth", "all", "one-depth"), default="layers")
+    parser.add_argument("--what", choices=("layers", "width", "depth", "growth", "one-depth"), default="layers")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--blocks", type=int, default=2, help="of one-depth, which depth calls")
-    parser.add_argument("--plot", help="file for a picture of --what all")
+    parser.add_argument("--plot", help="file for a picture of --what growth")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.what == "one-depth":
         one_depth(arguments.blocks)
-    if arguments.what in ("layers", "all"):
+    if arguments.what == "layers":
         compare(arguments.rounds)
-    by_width = growth(arguments.rounds) if arguments.what in ("width", "all") else []
-    by_depth = depth() if arguments.what in ("depth", "all") else []
+    by_width = growth(arguments.rounds) if arguments.what in ("width", "growth") else []
+    by_depth = depth() if arguments.what in ("depth", "growth") else []
     if arguments.plot and by_width and by_depth:
         draw(arguments.plot, by_width, by_depth)
