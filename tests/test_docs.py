@@ -38,13 +38,14 @@ def _jobs(overrides: list[str]) -> list[list[str]]:
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """A reader's folder, with the things in it that the documentation's commands name."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "main").mkdir()
+    monkeypatch.chdir(tmp_path / "main")
     tokenizer = TokenizerSpec(vocab_size=258).load(lambda: ["some text"], "corpus", tmp_path / "cache")
     size = Size(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
     model = from_scratch(body="llama", hidden_act="silu", size=size, vocab_size=258)
-    for name in ("llama", "DIR"):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
+    for name in ("llama", "DIR", "../shared/reference/llama-pretrained"):
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
 
 
 @pytest.mark.usefixtures("reader")
