@@ -68,7 +68,6 @@ class Arm:
             "data": self.data.describe(),
             "bits_per_weight": size.bits_per_weight,
             "bytes": size.bytes,
-            "quantized_share": size.quantized_share,
             "tokens_per_s": self.fit.tokens_per_s,
             "train_tokens": self.fit.tokens,
             "steps": self.fit.steps,

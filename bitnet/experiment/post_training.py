@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitnet.data.passages import ids_hash
-from bitnet.evaluation import TextProtocol
+from bitnet.evaluation import TextProtocol, footprint
 from bitnet.experiment.arm import REFERENCE_RECORD, Arm
 from bitnet.experiment.settings import build, build_all
 from bitnet.files import atomic_file
@@ -79,6 +79,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         model,
         figures[-1],
         claimed_bits=method.claimed_bits,
+        quantized_share=footprint(model).quantized_share,
         quantize_seconds=seconds,
         calibration=calibration,
     )

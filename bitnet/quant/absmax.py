@@ -33,12 +33,12 @@ def absmax_b1(x: Float[Tensor, "*rows cols"], *, granularity: Granularity = "row
     return _to_maximum(x, granularity, eps, steps=128, low=-127, high=127)
 
 
-def check_bits(bits: int) -> int:
+def check_bits(bits: float | int) -> int:
     """Raises InputError unless 2 <= bits <= 8."""
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 8:
         raise InputError(
-            f"bits must be 2 to 8, a whole number, got {bits!r}: for 1 bit use centred_sign, for 16 leave the layer "
-            "as it is"
+            f"bits must be 2 to 8, got {bits!r}: whole numbers only; for 1 bit use centred_sign, for 16 leave the "
+            "layer as it is"
         )
     return bits
 

@@ -103,11 +103,11 @@ def _with(made, callback):
 def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, tmp_path, monkeypatch, twin):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     records = run(tiny(f"twin={twin}", f"output_dir={straight}"))
-    original = experiment._instantiate_all
-    monkeypatch.setattr(experiment, "_instantiate_all", lambda nodes: _with(original(nodes), _StopAfter(3, save=True)))
+    original = experiment.build_all
+    monkeypatch.setattr(experiment, "build_all", lambda nodes: _with(original(nodes), _StopAfter(3, save=True)))
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(tiny(f"twin={twin}", f"output_dir={stopped}"))
-    monkeypatch.setattr(experiment, "_instantiate_all", original)
+    monkeypatch.setattr(experiment, "build_all", original)
     resumed = run(tiny(f"resume={stopped}"))
     assert [record.nll for record in resumed] == [record.nll for record in records]
     expected, got = (load_file(folder / "hf" / "model.safetensors") for folder in (straight, stopped))
@@ -135,11 +135,11 @@ def test_a_run_too_short_to_log_or_validate_still_ends_with_its_table(tiny, tmp_
 def test_validation_in_the_middle_of_an_accumulation_does_not_change_the_resumed_bits(tiny, tmp_path, monkeypatch):
     overrides = ["trainer.accumulate_grad_batches=3", "trainer.val_check_interval=2", "export=none"]
     records = run(tiny(f"output_dir={tmp_path / 'straight'}", *overrides))
-    original = experiment._instantiate_all
-    monkeypatch.setattr(experiment, "_instantiate_all", lambda nodes: _with(original(nodes), _StopAfter(4, save=False)))
+    original = experiment.build_all
+    monkeypatch.setattr(experiment, "build_all", lambda nodes: _with(original(nodes), _StopAfter(4, save=False)))
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         run(tiny(f"output_dir={tmp_path / 'stopped'}", *overrides))
-    monkeypatch.setattr(experiment, "_instantiate_all", original)
+    monkeypatch.setattr(experiment, "build_all", original)
     assert run(tiny(f"resume={tmp_path / 'stopped'}"))[-1].nll == records[-1].nll
 
 
@@ -171,8 +171,8 @@ class _Poison(Callback):
 
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(tiny, tmp_path, monkeypatch):
-    original = experiment._instantiate_all
-    monkeypatch.setattr(experiment, "_instantiate_all", lambda nodes: _with(original(nodes), _Poison()))
+    original = experiment.build_all
+    monkeypatch.setattr(experiment, "build_all", lambda nodes: _with(original(nodes), _Poison()))
     with pytest.raises(InputError, match="step 3: expected a finite validation loss, got nan"):
         run(tiny("trainer.val_check_interval=1", "logger=csv"))
     last = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=True)

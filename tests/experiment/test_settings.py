@@ -46,7 +46,7 @@ CONFIG = Path(__file__).parents[2] / "conf"
         (["model=dense", "ptq=gptq", "ptq.bits=abc"], "bitnet.ptq.GPTQ cannot be made from"),
         (["model=dense", "ptq=gptq", "ptq.symmetric=no"], "ptq.symmetric must be true or false, got 'no'"),
         (["model=dense", "ptq=gptq", "ptq.sweeps=1.5"], "sweeps must be a whole number"),
-        (["model=dense", "ptq=hqq", "ptq.bits=2.5"], "a whole number, got 2.5"),
+        (["model=dense", "ptq=hqq", "ptq.bits=2.5"], "bits must be 2 to 8, got 2.5: whole numbers only"),
         (["model=dense", "ptq=gptq", "driver.head=nope"], "driver.head must be true or false"),
         (["model=dense", "ptq=gptq", "driver.batch_size=two"], "driver.batch_size must be a whole number"),
         (["model=dense", "ptq=gptq", "driver.memory_budget=small"], "driver.memory_budget must be a number of bytes"),

@@ -62,15 +62,16 @@ def test_figures_of_a_comparison_have_columns_where_a_record_has_them(three, mak
         kl=0.26,
         top1_agreement=0.875,
         claimed_bits=4.0,
+        quantized_share=0.69,
         quantize_seconds=12.34,
     )
     markdown = results_markdown([three[0], quantized])
     heading = cells(markdown, -2)
     assert ", ".join(heading) == (
-        "method, loss, gap, gap ±, KL, top-1, perplexity, bits/byte, claimed, bits/weight, MB, quantize s"
+        "method, loss, gap, gap ±, KL, top-1, perplexity, bits/byte, claimed, bits/weight, share, MB, quantize s"
     )
     row = dict(zip(heading, cells(markdown, 1), strict=True))
-    assert [row[name] for name in OPTIONAL] == ["0.0150", "0.2600", "87.5%", "4.00", "12.3"]
+    assert [row[name] for name in OPTIONAL] == ["0.0150", "0.2600", "87.5%", "4.00", "69%", "12.3"]
     assert row["gap"] == "+0.2500"  # as measured, not the difference to the dense row
     assert dict(zip(heading, cells(markdown, 0), strict=True))["KL"] == "—"
     assert "half the 95 % interval" in markdown
