@@ -5,7 +5,7 @@ that share an input are found by watching one forward pass.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -117,3 +117,9 @@ def sharing_an_input(block: nn.Module, names: Sequence[str], forward: Callable[[
         else:
             stages.append([name])
     return stages
+
+
+def until_reached(forward: Callable[[], object]) -> None:
+    """Call ``forward``; a hook may end it by `Reached`."""
+    with suppress(Reached):
+        forward()

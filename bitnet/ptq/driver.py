@@ -11,8 +11,8 @@ block (in files beyond a budget), and the statistics of one stage: one Hessian.
 
 import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from bitnet.errors import InputError
 from bitnet.nn import QuantizedEmbedding, QuantizedLinear
 from bitnet.nn.convert import matching, refuse_shared_weights
 from bitnet.nn.linears import weight_of
-from bitnet.ptq.blocks import Reached, embedding_of, find_blocks, head_of, linears_of, sharing_an_input, watched
+from bitnet.ptq.blocks import embedding_of, find_blocks, head_of, linears_of, sharing_an_input, until_reached, watched
 from bitnet.ptq.checks import checked_text, one_activation, own_share, refuse_tied, warn_of_the_rest
 from bitnet.ptq.flow import Flow
 from bitnet.ptq.hessian import relative_error
@@ -258,13 +258,13 @@ class _Work:
             expected: dict[str, list[Tensor]] = {name: [] for name in leads}
             if original is not None:
                 with watched(original, list(leads), lambda name, x, seen=expected: seen[name].append(x), stop=True):
-                    _until_reached(lambda h=original_hidden: flow.call(index, original, h))
+                    until_reached(lambda h=original_hidden: flow.call(index, original, h))
 
             def see(name: str, x: Tensor, expected: dict[str, list[Tensor]] = expected) -> None:
                 leads[name].update(x, expected[name].pop(0) if expected[name] else None)
 
             with watched(block, list(leads), see, stop=True):
-                _until_reached(lambda h=hidden: flow.call(index, block, h))
+                until_reached(lambda h=hidden: flow.call(index, block, h))
         for name, each in leads.items():
             each.finish(f"{self.prefix}.{index}.{name}")
         return inputs
@@ -316,7 +316,7 @@ class _Work:
             # The full-precision hidden states end before the last norm: the head's target stays uncorrected.
             with watched(self.model, [name], lambda _, x: inputs.update(x, x), stop=True):
                 for batch in self.calibration.split(self.options.batch_size):
-                    _until_reached(lambda batch=batch: self.model(batch.to(self.device), use_cache=False))
+                    until_reached(lambda batch=batch: self.model(batch.to(self.device), use_cache=False))
             inputs.finish(name)
         self._quantize("", self.model, [name], inputs)
 
@@ -335,11 +335,6 @@ class _Work:
 def _result(stored: dict[str, Any]) -> LayerResult:
     stored["shape"] = tuple(stored["shape"])
     return LayerResult(**stored)
-
-
-def _until_reached(forward: Callable[[], object]) -> None:
-    with suppress(Reached):
-        forward()
 
 
 @contextmanager
