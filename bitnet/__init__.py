@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bitnet.errors import InputError
-    from bitnet.nn import BitLinear, BitLinear158, QuantizedLinear, convert, freeze
+    from bitnet.nn import BitLinear, BitLinear158, PackedLinear, QuantizedLinear, convert, freeze, pack
     from bitnet.ptq import quantize
     from bitnet.quant import QTensor, fake_quantize
 
@@ -26,11 +26,13 @@ __all__ = [
     "BitLinear",
     "BitLinear158",
     "InputError",
+    "PackedLinear",
     "QTensor",
     "QuantizedLinear",
     "convert",
     "fake_quantize",
     "freeze",
+    "pack",
     "quantize",
 ]
 

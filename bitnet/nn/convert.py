@@ -7,6 +7,9 @@ from torch import nn
 
 from bitnet.errors import InputError
 from bitnet.nn.bitlinear import BitLinear, BitLinear158
+from bitnet.nn.quantized_linear import QuantizedLinear
+from bitnet.quant import QTensor
+from bitnet.quant.packed import is_packable
 
 LayerFactory = Callable[[nn.Linear], nn.Module]
 
@@ -61,6 +64,29 @@ def freeze(model: nn.Module) -> list[str]:
     for name, layer in frozen.items():
         model.set_submodule(name, layer)
     return list(frozen)
+
+
+def pack(model: nn.Module, layout: str | None = None) -> list[str]:
+    """Replace, in place, every `QuantizedLinear` of ``model`` that holds ternary or sign codes by its packed form.
+
+    Layers with other weights stay as they are. Returns the names of the packed ones, in order.
+
+    Args:
+        layout: of the ternary layers, "i2" or "t5"; None: "i2". Signs take "b1".
+
+    Raises:
+        InputError: there is none to pack, or ``layout`` is none of ternary codes.
+    """
+    packed: dict[str, nn.Module] = {}
+    for name, layer in model.named_modules():
+        weight = layer.weight if isinstance(layer, QuantizedLinear) else None
+        if isinstance(layer, QuantizedLinear) and isinstance(weight, QTensor) and is_packable(weight):
+            packed[name] = layer.pack(layout if weight.levels == 3 else None)
+    if not packed:
+        raise InputError("the model has no frozen layer with ternary or sign codes to pack: freeze it first")
+    for name, layer in packed.items():
+        model.set_submodule(name, layer)
+    return list(packed)
 
 
 def bit_linears(model: nn.Module) -> list[tuple[str, BitLinear]]:

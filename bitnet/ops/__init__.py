@@ -1,5 +1,6 @@
 """Operators on codes. `reference` says what each must compute."""
 
+from bitnet.ops.packed_linear import packed_linear
 from bitnet.ops.reference import quantized_linear
 
-__all__ = ["quantized_linear"]
+__all__ = ["packed_linear", "quantized_linear"]

@@ -4,6 +4,7 @@ from bitnet.quant.absmax import absmax, absmax_b1
 from bitnet.quant.absmean import absmean_ternary
 from bitnet.quant.grouping import Granularity
 from bitnet.quant.histogram import Histogram
+from bitnet.quant.packed import PackedTensor
 from bitnet.quant.packing import pack, packed_bits, unpack
 from bitnet.quant.sign import centred_sign
 from bitnet.quant.static import FixedRange, StaticActivation
@@ -15,6 +16,7 @@ __all__ = [
     "FixedRange",
     "Granularity",
     "Histogram",
+    "PackedTensor",
     "QTensor",
     "QuantizedWeight",
     "Quantizer",

@@ -65,7 +65,7 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> I
         InputError: an unknown layout, a row of another length than ``columns`` needs, or bytes that no codes pack to.
     """
     form = _layout(layout)
-    expected = math.ceil(columns / form.per_byte)
+    expected = packed_columns(columns, layout)
     if packed.shape[-1] != expected:
         raise InputError(f"{columns} columns take {expected} bytes a row in layout {layout}, got {packed.shape[-1]}")
     digits = packed.to(torch.int32)[..., None] // _place_values(form, packed.device)
@@ -77,6 +77,11 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> I
             f"the bytes are not ternary or sign codes in layout {layout}: the file is damaged or of another layout"
         )
     return (digits[..., :columns] * form.step + form.codes[0]).to(torch.int8)
+
+
+def packed_columns(columns: int, layout: str) -> int:
+    """Bytes that a row of ``columns`` codes takes in ``layout``."""
+    return -(-columns // _layout(layout).per_byte)
 
 
 def packed_bits(shape: Sequence[int], levels: int) -> int:
