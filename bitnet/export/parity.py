@@ -1,0 +1,124 @@
+"""The gate that every export passes: what was read back has the same codes and answers with the same logits."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.errors import InputError
+from bitnet.export.protocol import ExportError
+from bitnet.nn import BitLinear, QuantizedModule
+from bitnet.quant import PackedTensor, QTensor, QuantizedWeight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+SAME_ARITHMETIC = 1e-4  # the same layers in the same order: 0 was measured; a kernel may still sum in another order
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer with codes, by name: trained (`BitLinear`), frozen or packed."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, BitLinear | QuantizedModule)}
+
+
+def weight_of(layer: nn.Module) -> QuantizedWeight:
+    """The quantized weight of such a layer, unpacked where it is packed: codes are compared as codes."""
+    assert isinstance(layer, BitLinear | QuantizedModule)
+    weight = layer.quantized_weight() if isinstance(layer, BitLinear) else layer.weight
+    return weight.unpack() if isinstance(weight, PackedTensor) else weight
+
+
+def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every saved tensor that belongs to no quantized weight, by name: embeddings, norms, head, biases."""
+    quantized = tuple(f"{name}." for name in quantized_layers(model))
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(quantized) or name.endswith(".bias"):
+            yield name, tensor
+
+
+def refuse_non_finite(model: nn.Module) -> None:
+    """Raise InputError naming the first tensor of ``model`` that holds NaN or infinity."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"{name} holds NaN or infinity: the training diverged; export its last good checkpoint instead"
+            )
+
+
+def compare_codes(written: nn.Module, found: nn.Module) -> int:
+    """Compare every quantized weight, one layer at a time; return their number.
+
+    Raises:
+        ExportError: a layer is missing, left over, or its codes, scales or zero points are not equal.
+    """
+    expected, read = quantized_layers(written), quantized_layers(found)
+    if names := sorted(expected.keys() ^ read.keys()):
+        raise ExportError(f"other layers are quantized in what was read back: {', '.join(names[:3])}")
+    for name, layer in expected.items():
+        if not same_weight(weight_of(layer), weight_of(read[name])):
+            raise ExportError(f"{name}: the codes or scales read back are not those that were written")
+    return len(expected)
+
+
+def same_weight(one: QuantizedWeight, other: QuantizedWeight) -> bool:
+    """Whether two quantized weights stand for the same values; codes and scales are compared where both have them."""
+    if isinstance(one, QTensor) and isinstance(other, QTensor):
+        zero = one.zero_point is None if other.zero_point is None else _equal(one.zero_point, other.zero_point)
+        return zero and torch.equal(one.qdata, other.qdata) and _equal(one.scale.float(), other.scale.float())
+    return one.shape == other.shape and torch.equal(one.dequantize(), other.dequantize())
+
+
+def token_ids(model: "PreTrainedModel") -> Tensor:
+    """Two rows of random tokens, the same ones every time: [2, up to 32]."""
+    config: Any = model.config.get_text_config()
+    length = min(32, getattr(config, "max_position_embeddings", 32))
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(config.vocab_size, (2, length), generator=generator).to(model.device)
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """Float32 logits in evaluation mode; ``model`` is as before afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        return model(input_ids=ids).logits.float()
+    finally:
+        model.train(training)
+
+
+def difference(expected: Tensor, found: Tensor) -> float:
+    """Root mean square of ``found - expected`` as a share of the spread of ``expected`` over the vocabulary."""
+    spread = (expected - expected.mean(-1, keepdim=True)).square().mean().sqrt()
+    return float((found - expected).square().mean().sqrt() / spread.clamp(min=1e-30))
+
+
+def compare_logits(expected: Tensor, found: Tensor, tolerance: float, how: str) -> float:
+    """The `difference`.
+
+    Raises:
+        ExportError: it exceeds ``tolerance``, or is NaN; ``how`` says what computed ``found``.
+    """
+    distance = difference(expected, found)
+    if not distance <= tolerance:
+        raise ExportError(
+            f"what was written, read back {how}, gives other logits: they differ by {distance:.1e} of their spread, "
+            f"{tolerance:.1e} is allowed"
+        )
+    return distance
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    return sum(each.stat().st_size for each in (path.rglob("*") if path.is_dir() else [path]) if each.is_file())
+
+
+def _equal(one: Tensor | None, other: Tensor | None) -> bool:
+    return (
+        one is not None
+        and other is not None
+        and one.numel() == other.numel()
+        and torch.equal(one.flatten(), other.flatten())
+    )
