@@ -33,6 +33,8 @@ class PackedTensor:
     columns: int
 
     def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
         needed = packed_columns(self.columns, self.layout)
         if self.packed.shape[-1] != needed:
             raise InputError(

@@ -1,4 +1,4 @@
-"""Codes in as few bytes as they need: ``i2``, ``t5`` and ``b1``.
+"""Codes in as few bytes as they need: ``i2``, ``t5``, ``b1``, and ``u2`` to ``u8``.
 
 Every layout packs each row by itself, column by column in order, and fills the row's last byte up with zeros.
 Packing is a re-ordering of the same codes: ``unpack(pack(codes)) == codes`` for every shape, and a byte that no code
@@ -9,10 +9,11 @@ can produce is refused when read.
     i2   2.0 bits a weight   byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6         c = t + 1, never 3
     t5   1.6 bits a weight   byte j = c[5j] + 3 c[5j+1] + 9 c[5j+2] + 27 c[5j+3] + 81 c[5j+4]    c = t + 1, byte <= 242
     b1   1.0 bit a weight    byte j = b[8j] | b[8j+1] << 1 | ... | b[8j+7] << 7                  b = 1 for +1, 0 for -1
+    uN   N bits a weight     bits N k to N k + N - 1 of a row, the lowest first, hold code k + 2^(N-1)      N = 2 to 8
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,8 @@ I2 = Layout("i2", codes=(-1, 0, 1), base=4, per_byte=4)
 T5 = Layout("t5", codes=(-1, 0, 1), base=3, per_byte=5)
 B1 = Layout("b1", codes=(-1, 1), base=2, per_byte=8)
 LAYOUTS = {layout.name: layout for layout in (I2, T5, B1)}
+PIECE = 1 << 22  # codes converted at a time
+INTEGERS = {f"u{bits}": bits for bits in range(2, 9)}  # layout -> bits a code
 
 
 def pack(codes: Int8[Tensor, "*rows cols"], layout: str) -> UInt8[Tensor, "*rows bytes"]:
@@ -49,9 +52,16 @@ def pack(codes: Int8[Tensor, "*rows cols"], layout: str) -> UInt8[Tensor, "*rows
     Raises:
         InputError: an unknown layout, or a code that the layout cannot hold.
     """
-    form = _layout(layout)
+    if layout in INTEGERS:
+        return _by_rows(lambda rows: _pack_integers(rows, INTEGERS[layout]), codes)
+    return _by_rows(lambda rows: _pack_digits(rows, _layout(layout)), codes)
+
+
+def _pack_digits(codes: Tensor, form: Layout) -> Tensor:
     if not torch.isin(codes, torch.tensor(form.codes, dtype=torch.int8, device=codes.device)).all():
-        raise InputError(f"layout {layout} holds the codes {form.codes}, got codes from {codes.min()} to {codes.max()}")
+        raise InputError(
+            f"layout {form.name} holds the codes {form.codes}, got codes from {codes.min()} to {codes.max()}"
+        )
     digits = (codes.to(torch.int32) - form.codes[0]) // form.step
     columns = codes.shape[-1]
     digits = F.pad(digits, (0, -columns % form.per_byte)).unflatten(-1, (-1, form.per_byte))
@@ -64,23 +74,30 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> I
     Raises:
         InputError: an unknown layout, a row of another length than ``columns`` needs, or bytes that no codes pack to.
     """
-    form = _layout(layout)
     expected = packed_columns(columns, layout)
     if packed.shape[-1] != expected:
         raise InputError(f"{columns} columns take {expected} bytes a row in layout {layout}, got {packed.shape[-1]}")
+    if layout in INTEGERS:
+        return _by_rows(lambda rows: _unpack_integers(rows, INTEGERS[layout], columns), packed)
+    return _by_rows(lambda rows: _unpack_digits(rows, _layout(layout), columns), packed)
+
+
+def _unpack_digits(packed: Tensor, form: Layout, columns: int) -> Tensor:
     digits = packed.to(torch.int32)[..., None] // _place_values(form, packed.device)
     digits[..., :-1] %= form.base  # the highest digit stays whole: one that is too large gives a byte away as damaged
     digits = digits.flatten(-2)
     damaged = (digits[..., :columns] >= len(form.codes)).any() or (digits[..., columns:] != 0).any()
     if damaged or (packed.numel() and int(packed.max()) >= form.base**form.per_byte):
         raise InputError(
-            f"the bytes are not ternary or sign codes in layout {layout}: the file is damaged or of another layout"
+            f"the bytes are not ternary or sign codes in layout {form.name}: the file is damaged or of another layout"
         )
     return (digits[..., :columns] * form.step + form.codes[0]).to(torch.int8)
 
 
 def packed_columns(columns: int, layout: str) -> int:
     """Bytes that a row of ``columns`` codes takes in ``layout``."""
+    if layout in INTEGERS:
+        return -(-columns * INTEGERS[layout] // 8)
     return -(-columns // _layout(layout).per_byte)
 
 
@@ -93,9 +110,41 @@ def packed_bits(shape: Sequence[int], levels: int) -> int:
     return rows * math.ceil(columns * math.ceil(math.log2(levels)) / 8) * 8
 
 
+def _pack_integers(codes: Tensor, bits: int) -> Tensor:
+    low = -(2 ** (bits - 1))
+    if codes.numel() and not low <= int(codes.min()) <= int(codes.max()) < -low:
+        raise InputError(
+            f"layout u{bits} holds codes from {low} to {-low - 1}, got codes from {codes.min()} to {codes.max()}"
+        )
+    columns = codes.shape[-1]
+    shifts = torch.arange(8, device=codes.device)
+    eights = F.pad(codes.to(torch.int64) - low, (0, -columns % 8)).unflatten(-1, (-1, 8))
+    words = (eights << (bits * shifts)).sum(-1)  # eight codes: bits bytes
+    row = (words[..., None] >> (8 * shifts[:bits])) & 255
+    return row.flatten(-2)[..., : packed_columns(columns, f"u{bits}")].to(torch.uint8)
+
+
+def _unpack_integers(packed: Tensor, bits: int, columns: int) -> Tensor:
+    shifts = torch.arange(8, device=packed.device)
+    row = F.pad(packed.to(torch.int64), (0, -packed.shape[-1] % bits)).unflatten(-1, (-1, bits))
+    words = (row << (8 * shifts[:bits])).sum(-1)
+    digits = ((words[..., None] >> (bits * shifts)) & (2**bits - 1)).flatten(-2)
+    if bool((digits[..., columns:] != 0).any()):
+        raise InputError(f"the bytes beyond the last code are not 0 in layout u{bits}: the file is damaged")
+    return (digits[..., :columns] - 2 ** (bits - 1)).to(torch.int8)
+
+
+def _by_rows(convert: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``convert(x)`` in pieces of whole rows: what it computes with is up to eight times as wide as the codes."""
+    if x.numel() <= PIECE or x.dim() == 1:
+        return convert(x)
+    rows = x.flatten(0, -2)
+    return torch.cat([convert(each) for each in rows.split(max(1, PIECE // x.shape[-1]))]).unflatten(0, x.shape[:-1])
+
+
 def _layout(name: str) -> Layout:
     if name not in LAYOUTS:
-        raise InputError(f"layout must be one of {', '.join(LAYOUTS)}, got {name!r}")
+        raise InputError(f"layout must be one of {', '.join([*LAYOUTS, *INTEGERS])}, got {name!r}")
     return LAYOUTS[name]
 
 

@@ -10,6 +10,7 @@ from bitnet.quant import pack, packed_bits, unpack
 
 TERNARY, SIGNS = (-1, 0, 1), (-1, 1)
 LAYOUTS = [("i2", TERNARY, 4), ("t5", TERNARY, 5), ("b1", SIGNS, 8)]
+INTEGERS = [(f"u{bits}", tuple(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))) for bits in range(2, 9)]
 
 
 def codes(values: tuple[int, ...], *shape: int, seed: int = 0) -> torch.Tensor:
@@ -26,12 +27,32 @@ def test_unpacking_gives_the_packed_codes_back(layout, values, per_byte, rows, c
     assert torch.equal(unpack(packed, layout, columns), original)
 
 
+@pytest.mark.parametrize(("layout", "values"), INTEGERS)
+@given(rows=st.integers(1, 5), columns=st.integers(1, 41), seed=st.integers(0, 999))
+def test_unpacking_gives_integers_of_every_width_back(layout, values, rows, columns, seed):
+    original = codes(values, rows, columns, seed=seed)
+    packed = pack(original, layout)
+    assert packed.numel() * 8 == packed_bits((rows, columns), len(values))
+    assert torch.equal(unpack(packed, layout, columns), original)
+
+
+@pytest.mark.parametrize(("layout", "values"), [("t5", TERNARY), ("u3", tuple(range(-4, 4)))])
+def test_a_large_matrix_is_converted_in_pieces_to_the_same_bytes(layout, values, monkeypatch):
+    original = codes(values, 3, 7, 29)
+    whole = pack(original, layout)
+    monkeypatch.setattr("bitnet.quant.packing.PIECE", 100)
+    assert torch.equal(pack(original, layout), whole)
+    assert torch.equal(unpack(whole, layout, 29), original)
+
+
 @pytest.mark.parametrize(
     ("layout", "row", "expected"),
     [
         ("i2", [-1, 0, 1, -1, 1], [0b00_10_01_00, 0b10]),
         ("t5", [-1, 0, 1, 0, 1, 1], [0 + 3 + 18 + 27 + 162, 2]),
         ("b1", [1, -1, 1, 1, -1, -1, -1, 1, 1], [0b10001101, 1]),
+        ("u4", [-8, 7, 0], [0xF0, 8]),
+        ("u3", [-4, -3, -2, 3], [0b10001000, 0b1110]),
     ],
 )
 def test_bytes_are_as_drawn(layout, row, expected):
@@ -47,13 +68,24 @@ def test_packed_bits_is_what_packing_takes(layout, values, per_byte):
 def test_a_code_that_the_layout_cannot_hold_is_refused():
     with pytest.raises(InputError, match="layout b1 holds the codes"):
         pack(codes(TERNARY, 3, 8), "b1")
+    with pytest.raises(InputError, match="u3 holds codes from -4 to 3"):
+        pack(torch.tensor([[-1, 4]], dtype=torch.int8), "u3")
     with pytest.raises(InputError, match="got codes from -1 to 2"):
         pack(torch.tensor([[-1, 2]], dtype=torch.int8), "i2")
 
 
 @pytest.mark.parametrize(
     ("layout", "byte", "columns"),
-    [("i2", 0b11, 4), ("i2", 0b10_00_00, 2), ("t5", 243, 5), ("t5", 255, 5), ("t5", 3, 1), ("b1", 0b100, 2)],
+    [
+        ("u4", 0xF0, 1),
+        ("u3", 8, 1),
+        ("i2", 0b11, 4),
+        ("i2", 0b10_00_00, 2),
+        ("t5", 243, 5),
+        ("t5", 255, 5),
+        ("t5", 3, 1),
+        ("b1", 0b100, 2),
+    ],
 )
 def test_a_byte_that_no_codes_pack_to_is_refused(layout, byte, columns):
     with pytest.raises(InputError, match="damaged"):
@@ -66,5 +98,5 @@ def test_a_row_of_another_length_is_refused():
 
 
 def test_an_unknown_layout_is_refused():
-    with pytest.raises(InputError, match="layout must be one of i2, t5, b1, got 'i4'"):
+    with pytest.raises(InputError, match=r"layout must be one of i2, .* u8, got 'i4'"):
         pack(codes(TERNARY, 1, 4), "i4")
