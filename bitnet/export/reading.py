@@ -1,12 +1,17 @@
-"""What `load` gives, whichever format it came from."""
+"""What `load` gives, whichever format it comes from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bitnet.errors import InputError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MANIFEST = "bitnet.json"  # in a packed folder
+RUN = "run.json"  # in the folder of a run
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +31,43 @@ class Loaded:
     path: Path
     format: str
     record: Mapping[str, Any] = field(default_factory=dict)
+
+
+def load(path: str | Path) -> Loaded:
+    """Read a model of any format: a packed or Hugging Face folder, a GGUF file, or the folder of a run.
+
+    Nothing in the files is executed. A run's folder stands for its ``packed`` folder, or for ``hf`` where there is no
+    other.
+
+    Raises:
+        InputError: nothing of the kind is there, or what is there is damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
+            from bitnet.export.gguf import read as read_gguf
+
+            return read_gguf(path)
+        raise InputError(f"{path} is no GGUF file: give a .gguf file, or a folder with a model in it")
+    if (path / MANIFEST).is_file():
+        from bitnet.export.packed_read import read as read_packed
+
+        return read_packed(path)
+    if (path / "config.json").is_file():
+        from bitnet.export.hf import read as read_hf
+
+        return read_hf(path)
+    if (path / RUN).is_file():
+        for name in ("packed", "hf"):
+            if (path / name).is_dir():
+                return load(path / name)
+        raise InputError(f"{path} is the folder of a run that exported nothing: run it again with export=[packed]")
+    raise InputError(
+        f"no model in {path}: expected a folder with {MANIFEST} (packed), config.json (Hugging Face) or {RUN} (a run), "
+        "or a .gguf file"
+    )
+
+
+def _starts_with(path: Path, magic: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(magic)) == magic

@@ -15,6 +15,7 @@ can produce is refused when read.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -58,14 +59,15 @@ def pack(codes: Int8[Tensor, "*rows cols"], layout: str) -> UInt8[Tensor, "*rows
 
 
 def _pack_digits(codes: Tensor, form: Layout) -> Tensor:
-    if not torch.isin(codes, torch.tensor(form.codes, dtype=torch.int8, device=codes.device)).all():
+    digits = codes - form.codes[0]  # int8: -1 becomes 0
+    wrong = (digits < 0) | (digits > form.step * (len(form.codes) - 1)) | (digits % form.step != 0)
+    if wrong.any():
         raise InputError(
             f"layout {form.name} holds the codes {form.codes}, got codes from {codes.min()} to {codes.max()}"
         )
-    digits = (codes.to(torch.int32) - form.codes[0]) // form.step
-    columns = codes.shape[-1]
-    digits = F.pad(digits, (0, -columns % form.per_byte)).unflatten(-1, (-1, form.per_byte))
-    return (digits * _place_values(form, codes.device)).sum(-1).to(torch.uint8)
+    digits = (digits // form.step).to(torch.uint8)
+    digits = F.pad(digits, (0, -codes.shape[-1] % form.per_byte)).unflatten(-1, (-1, form.per_byte))
+    return (digits * _place_values(form).to(codes.device)).sum(-1, dtype=torch.uint8)
 
 
 def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> Int8[Tensor, "*rows cols"]:
@@ -83,15 +85,16 @@ def unpack(packed: UInt8[Tensor, "*rows bytes"], layout: str, columns: int) -> I
 
 
 def _unpack_digits(packed: Tensor, form: Layout, columns: int) -> Tensor:
-    digits = packed.to(torch.int32)[..., None] // _place_values(form, packed.device)
-    digits[..., :-1] %= form.base  # the highest digit stays whole: one that is too large gives a byte away as damaged
-    digits = digits.flatten(-2)
-    damaged = (digits[..., :columns] >= len(form.codes)).any() or (digits[..., columns:] != 0).any()
-    if damaged or (packed.numel() and int(packed.max()) >= form.base**form.per_byte):
+    """By a table with a line of codes for every byte."""
+    lines, valid = _tables(form)
+    index = packed.flatten().to(torch.int32)
+    codes = lines.to(packed.device).index_select(0, index).reshape(*packed.shape[:-1], -1)
+    beyond = codes[..., columns:] != form.codes[0]
+    if not valid.to(packed.device).index_select(0, index).all() or beyond.any():
         raise InputError(
             f"the bytes are not ternary or sign codes in layout {form.name}: the file is damaged or of another layout"
         )
-    return (digits[..., :columns] * form.step + form.codes[0]).to(torch.int8)
+    return codes[..., :columns].contiguous()
 
 
 def packed_columns(columns: int, layout: str) -> int:
@@ -148,5 +151,16 @@ def _layout(name: str) -> Layout:
     return LAYOUTS[name]
 
 
-def _place_values(form: Layout, device: torch.device) -> Tensor:
-    return torch.tensor([form.base**place for place in range(form.per_byte)], dtype=torch.int32, device=device)
+def _place_values(form: Layout) -> Tensor:
+    return torch.tensor([form.base**place for place in range(form.per_byte)], dtype=torch.uint8)
+
+
+@cache
+def _tables(form: Layout) -> tuple[Tensor, Tensor]:
+    """Codes [256, per_byte] that each byte stands for, int8, and whether it stands for any, bool [256]."""
+    byte = torch.arange(256)[:, None]
+    digits = byte // _place_values(form).long()
+    valid = digits[:, -1] < form.base  # the highest digit stays whole: too large a byte shows there
+    digits %= form.base
+    valid &= (digits < len(form.codes)).all(-1)
+    return (digits * form.step + form.codes[0]).to(torch.int8), valid

@@ -1,0 +1,259 @@
+"""The folder of our own: every quantized weight in as many bits as it has, beside everything that the model needs.
+
+::
+
+    bitnet.json             version, transformers config, an entry a quantized layer, tied tensors, checksums, record
+    model.safetensors       codes and scales by layer; embeddings, norms, biases, head
+    tokenizer.json ...      as transformers writes it
+    generation_config.json  as transformers writes it
+    README.md               the model card
+
+It holds whatever a model of this package can hold, so every other format can be made from it. Ternary codes are packed
+as ``i2`` (what kernels take) or ``t5``, signs as ``b1``, wider codes in as many bits as they have. It is read
+memory-mapped; nothing in it is executed.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from bitnet.errors import InputError
+from bitnet.export.codec import store_activation, store_weight
+from bitnet.export.packed_read import FORMAT, MANIFEST, TENSORS, VERSION, read
+from bitnet.export.parity import (
+    SAME_ARITHMETIC,
+    compare_codes,
+    compare_logits,
+    dense_tensors,
+    logits,
+    quantized_layers,
+    refuse_non_finite,
+    size_of,
+    token_ids,
+    weight_of,
+)
+from bitnet.export.protocol import Exported, ExportError, refuse_problems
+from bitnet.export.tensorfile import header_room, write_tensors
+from bitnet.files import atomic_directory
+from bitnet.nn import QuantizedEmbedding, QuantizedModule
+from bitnet.quant import QTensor, absmax
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RESTS = ("exact", "float32", "bfloat16", "int8")
+ROUNDED_REST = 0.25  # share of the logits' spread that rounding embeddings and head may cost before it is a fault
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExporter:
+    """Writes the folder that the module's docstring describes.
+
+    Args:
+        layout: of ternary codes: "i2" (2 bits, what kernels read) or "t5" (1.6 bits).
+        rest: what embeddings, norms, biases and head are stored in. "exact": bfloat16 where it holds every value of a
+            tensor, else the dtype they have. "float32". "bfloat16": rounded. "int8": embeddings and head in int8 with a
+            scale a row, the rest exact.
+
+    Raises:
+        InputError: options that do not exist.
+    """
+
+    layout: str = "i2"
+    rest: str = "exact"
+
+    def __post_init__(self) -> None:
+        if self.layout not in ("i2", "t5"):
+            raise InputError(f"layout must be i2 or t5, got {self.layout!r}")
+        if self.rest not in RESTS:
+            raise InputError(f"rest must be one of {', '.join(RESTS)}, got {self.rest!r}")
+
+    @property
+    def filename(self) -> str:
+        return "packed"
+
+    def problems(self, model: nn.Module) -> list[str]:
+        """See `bitnet.export.Exporter`."""
+        from transformers import PreTrainedModel
+
+        if not isinstance(model, PreTrainedModel):
+            return [f"it is a {type(model).__name__}: only transformers' causal language models can be rebuilt"]
+        found = []
+        for name, layer in quantized_layers(model).items():
+            try:
+                store_activation(getattr(layer, "activation", None))
+            except InputError as error:
+                found.append(f"{name}: {error}")
+        return found[:3]
+
+    def write(
+        self,
+        model: nn.Module,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        path: str | Path,
+        record: Mapping[str, Any] | None = None,
+    ) -> Exported:
+        """See `bitnet.export.Exporter`."""
+        from transformers import PreTrainedModel
+
+        refuse_problems(self.problems(model), "a packed folder")
+        assert isinstance(model, PreTrainedModel)
+        refuse_non_finite(model)
+        with atomic_directory(path) as folder:
+            writing = _Writing(model, self)
+            checksums = write_tensors(folder / TENSORS, writing.tensors(), header_room(writing.names()))
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "config": _plain_config(model),
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "layers": writing.layers,
+                "tied": writing.tied,
+                "checksums": checksums,
+                "record": dict(record or {}),
+            }
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            if (generation := getattr(model, "generation_config", None)) is not None:
+                generation.save_pretrained(folder)
+            loaded = read(folder).model
+            layers = self._compare(model, loaded)
+            ids = token_ids(model)
+            tolerance = ROUNDED_REST if self.rest in ("bfloat16", "int8") else SAME_ARITHMETIC
+            loaded.to(device=model.device)  # pyright: ignore[reportCallIssue]  # transformers wraps it without types
+            distance = compare_logits(logits(model, ids), logits(loaded, ids), tolerance, "by this package")
+            size = size_of(folder)
+        return Exported(
+            path=Path(path),
+            format=f"packed {self.layout}" if layers else "packed",
+            contents=f"codes and scales of {layers} layers; the rest {self.rest}",
+            bytes=size,
+            layers=layers,
+            difference=distance,
+        )
+
+    def kept(self, tensor: Tensor, in_matrix: bool) -> Tensor | QTensor:
+        """What ``tensor`` of the rest is stored as; ``in_matrix``: it is the embedding or the head."""
+        if not tensor.is_floating_point():
+            return tensor
+        if self.rest == "int8" and in_matrix:
+            return absmax(tensor)
+        if self.rest == "bfloat16":
+            return tensor.bfloat16()
+        if self.rest == "float32":
+            return tensor.float()
+        narrow = tensor.bfloat16()
+        return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+    def _compare(self, model: "PreTrainedModel", loaded: "PreTrainedModel") -> int:
+        """Compare codes and every other tensor with what was meant; return the number of layers with codes."""
+        found = quantized_layers(loaded)
+        rounded = [name for name in found if name not in quantized_layers(model)]  # embedding or head in int8
+        for name in rounded:
+            original = model.get_submodule(name).weight
+            assert isinstance(original, Tensor)
+            if not torch.equal(absmax(original).dequantize(), weight_of(found[name]).dequantize()):
+                raise ExportError(f"{name}: the int8 codes read back are not those that were written")
+        layers = compare_codes(model, loaded, beside=rounded)
+        values = dict(dense_tensors(loaded))
+        for name, tensor in dense_tensors(model):
+            if name.removesuffix(".weight") not in rounded:
+                kept = self.kept(tensor, in_matrix=False)
+                assert isinstance(kept, Tensor)
+                if name not in values or not torch.equal(values[name], kept.to(tensor.dtype)):
+                    raise ExportError(f"{name}: the values read back are not those that were written")
+        return layers
+
+
+class _Writing:
+    """The tensors of one model in the order of its modules; ``layers`` and ``tied`` fill up as they are taken."""
+
+    def __init__(self, model: "PreTrainedModel", options: PackedExporter) -> None:
+        self._model, self._options = model, options
+        self._quantized = quantized_layers(model)
+        self._matrices = {id(matrix) for matrix in _matrices(model)} if options.rest == "int8" else set[int]()
+        self.layers: dict[str, dict[str, Any]] = {}
+        self.tied: dict[str, str] = {}
+
+    def names(self) -> Iterator[str]:
+        """Every name that `tensors` will give, and a few more."""
+        for name, _ in dense_tensors(self._model):
+            yield from (f"{name}.{part}" for part in ("codes", "scale"))
+        for name, layer in self._quantized.items():
+            own = dict(layer.named_buffers()) if isinstance(layer, QuantizedModule) else {}
+            yield from (f"{name}.{part}" for part in {"packed", "scale", "zero_point", *own})
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, layer in self._quantized.items():
+            yield from self._of_layer(name, layer)
+        first: dict[int, str] = {}
+        for name, tensor in dense_tensors(self._model):
+            parameter = _parameter(self._model, name)
+            if id(parameter) in first:
+                self._tie(name, first[id(parameter)])
+                continue
+            first[id(parameter)] = name
+            kept = self._options.kept(tensor, id(parameter) in self._matrices)
+            if isinstance(kept, Tensor):
+                yield name, kept
+            else:
+                yield from self._matrix_in_int8(name, kept)
+
+    def _tie(self, name: str, first: str) -> None:
+        """Note that ``name`` is the parameter ``first`` again."""
+        home = first.removesuffix(".weight")
+        if home in self.layers:  # its codes serve both
+            self.layers[name.removesuffix(".weight")] = {**self.layers[home], "kind": "linear", "home": home}
+        else:
+            self.tied[name] = first
+
+    def _of_layer(self, name: str, layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        weight = store_weight(weight_of(layer), self._options.layout)
+        activation = store_activation(getattr(layer, "activation", None))
+        kind = "embedding" if isinstance(layer, QuantizedEmbedding) else "linear"
+        self.layers[name] = {
+            "kind": kind,
+            "weight": weight.entry,
+            "tensors": sorted(weight.tensors),
+            "activation": activation.entry if activation else None,
+        }
+        yield from ((f"{name}.{part}", tensor) for part, tensor in weight.tensors.items())
+        if activation:
+            yield from ((f"{name}.activation.{part}", tensor) for part, tensor in activation.tensors.items())
+
+    def _matrix_in_int8(self, name: str, weight: QTensor) -> Iterator[tuple[str, Tensor]]:
+        name = name.removesuffix(".weight")
+        stored = store_weight(weight, self._options.layout)
+        kind = "embedding" if isinstance(self._model.get_submodule(name), nn.Embedding) else "linear"
+        self.layers[name] = {
+            "kind": kind,
+            "weight": stored.entry,
+            "tensors": sorted(stored.tensors),
+            "activation": None,
+        }
+        yield from ((f"{name}.{part}", tensor) for part, tensor in stored.tensors.items())
+
+
+def _plain_config(model: "PreTrainedModel") -> dict[str, Any]:
+    """The transformers config as json keeps it, its type with it."""
+    config = json.loads(model.config.to_json_string(use_diff=False))
+    config.pop("quantization_config", None)
+    return {**config, "model_type": model.config.model_type}
+
+
+def _matrices(model: "PreTrainedModel") -> list[nn.Parameter]:
+    """Weights of the embedding and the head that are dense."""
+    homes = (model.get_input_embeddings(), model.get_output_embeddings())
+    weights = [getattr(home, "weight", None) for home in homes]
+    return [weight for weight in weights if isinstance(weight, nn.Parameter)]
+
+
+def _parameter(model: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner), attribute)
