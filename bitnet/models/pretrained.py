@@ -1,12 +1,14 @@
 """A causal language model from a Hugging Face directory, in float32, its linears dense."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bitnet.errors import InputError
 
@@ -22,25 +24,35 @@ def from_directory(path: str | Path) -> PreTrainedModel:
             checkpoint whose weights are quantized already.
     """
     path = Path(path)
-    config_file = path / "config.json"
-    if not config_file.is_file():
-        raise InputError(f"model.path must be a Hugging Face directory with a config.json, got {path}")
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        _refuse_quantized(path, vars(config).pop("quantization_config", None))
+    _refuse_quantized(path, config_of(path).get("quantization_config"))
+    with _causal_lm(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            path, config=_config(path), dtype=torch.float32, output_loading_info=True, **LOCAL
         )
         model, report = loaded
-    except (OSError, RuntimeError, KeyError, ValueError, AttributeError, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} does not load as a causal language model: {str(error).splitlines()[0]}") from error
     _refuse_incomplete(path, report)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise InputError(f"{path}: {name} has values that are not finite: the checkpoint is damaged or diverged")
     return model
+
+
+def config_of(path: str | Path) -> dict[str, Any]:
+    """config.json of a directory as it stands there.
+
+    Raises:
+        InputError: no such directory, or its config (or the ``quantization_config`` in it) is no json object.
+    """
+    config_file = Path(path) / "config.json"
+    if not config_file.is_file():
+        raise InputError(f"model.path must be a Hugging Face directory with a config.json, got {path}")
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise InputError(f"{config_file} is no json: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict | None):
+        raise InputError(f"{config_file} must hold a json object, and its quantization_config, if any, another")
+    return config
 
 
 def stored_dtype(path: str | Path) -> torch.dtype:
@@ -53,11 +65,35 @@ def stored_dtype(path: str | Path) -> torch.dtype:
     return dtype
 
 
+LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}  # no network, no code of a directory
+
+
+def _config(path: Path) -> PreTrainedConfig:
+    config = AutoConfig.from_pretrained(path, **LOCAL)
+    vars(config).pop("quantization_config", None)
+    return config
+
+
+@contextmanager
+def _causal_lm(path: Path) -> Iterator[None]:
+    """What transformers raises for a directory that it cannot use, as InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path} does not load as a causal language model: {reason}") from error
+
+
 def _refuse_quantized(path: Path, entry: dict[str, Any] | None) -> None:
     latent = entry is not None and entry.get("quant_method") == "bitnet" and entry.get("quantization_mode") == "online"
     if entry is not None and not latent:
         method = entry.get("quant_method", "unknown")
-        raise InputError(f"{path} holds weights quantized with {method!r}: give the full-precision checkpoint instead")
+        raise InputError(
+            f"{path} holds weights quantized with {method!r}, which cannot be trained or quantized again: give the "
+            "full-precision checkpoint instead. To evaluate or convert it as it is, read it with bitnet.export.load"
+        )
 
 
 def _refuse_incomplete(path: Path, report: dict[str, Any]) -> None:

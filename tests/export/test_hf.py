@@ -19,7 +19,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from bitnet.errors import InputError
-from bitnet.export import ExportError, HuggingFaceExporter, contents, hf
+from bitnet.export import hf
+from bitnet.export.hf import HuggingFaceExporter, contents
+from bitnet.export.hf_gate import transformers_at_hand
+from bitnet.export.protocol import ExportError
 from bitnet.models import Size, from_directory, from_scratch
 from bitnet.nn import BitLinear, BitLinear158, bit_linears, convert, freeze
 from bitnet.ptq import Driver, RoundToNearest, quantize
@@ -67,13 +70,13 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def write(model: nn.Module, directory: Path) -> Path:
-    return HuggingFaceExporter().write(model, None, directory)
+    return HuggingFaceExporter().write(model, None, directory).path
 
 
 @pytest.fixture
 def load():
     """transformers alone, as in the gate: uncompiled, and without accelerate where that is missing."""
-    with hf._transformers_at_hand():
+    with transformers_at_hand():
         yield functools.partial(AutoModelForCausalLM.from_pretrained, local_files_only=True)
 
 
@@ -204,7 +207,7 @@ def test_the_tokenizer_in_the_folder_gives_the_same_ids(tmp_path):
     raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    directory = HuggingFaceExporter().write(b158(), tokenizer, tmp_path / "out")
+    directory = HuggingFaceExporter().write(b158(), tokenizer, tmp_path / "out").path
     again = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     assert again("two one four three")["input_ids"] == tokenizer("two one four three")["input_ids"] == [4, 3, 0, 5]
     assert (again.bos_token, again.eos_token) == ("<s>", "</s>")
@@ -234,11 +237,11 @@ def test_a_module_that_is_no_transformers_model_is_refused(tmp_path):
 
 
 def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(self: PreTrainedModel, directory: Path) -> None:
-        (Path(directory) / "model.safetensors").write_bytes(b"half")
+    def full(path: Path, *_) -> None:
+        path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
+    monkeypatch.setattr(hf, "write_tensors", full)
     with pytest.raises(OSError, match="No space left"):
         write(b158(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
@@ -247,43 +250,43 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 def damage_config(**changes):
     """A writer of the configuration that gets something wrong."""
 
-    def declare(config_file: Path, left_dense: list[str]) -> None:
-        ORIGINAL_DECLARE(config_file, left_dense)
+    def declare(config_file: Path, kind: str, left_dense: list[str]) -> None:
+        ORIGINAL_DECLARE(config_file, kind, left_dense)
         config = json.loads(config_file.read_text())
         config_file.write_text(json.dumps({**config, **changes}))
 
     return declare
 
 
-ORIGINAL_DECLARE = hf._declare_online
+ORIGINAL_DECLARE = hf._declare
 
 
 @pytest.mark.parametrize(
     ("declare", "message"),
     [
-        (lambda config_file, left_dense: None, "quantizes other layers"),
-        (damage_config(num_hidden_layers=1), "unexpected keys"),
-        (damage_config(num_hidden_layers=3), "missing keys"),
+        (lambda config_file, kind, left_dense: None, "other layers are quantized in what was read back"),
+        (damage_config(num_hidden_layers=1), "no place for|lacks"),
+        (damage_config(num_hidden_layers=3), "lacks"),
         (damage_config(hidden_act="silu"), "other logits"),
-        (damage_config(rms_norm_eps=2e-5), "with this package.s layers gives other logits"),
+        (damage_config(rms_norm_eps=2e-5), "with this package.s layers, gives other logits"),
     ],
     ids=["not declared", "fewer layers", "more layers", "another activation", "another epsilon"],
 )
 def test_a_folder_that_gives_another_model_back_is_refused_and_removed(tmp_path, monkeypatch, declare, message):
-    monkeypatch.setattr(hf, "_declare_online", declare)
+    monkeypatch.setattr(hf, "_declare", declare)
     with pytest.raises(ExportError, match=message):
         write(b158(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_one_changed_bit_of_a_weight_is_noticed(tmp_path, monkeypatch):
-    def declare(config_file: Path, left_dense: list[str]) -> None:
-        ORIGINAL_DECLARE(config_file, left_dense)
+    def declare(config_file: Path, kind: str, left_dense: list[str]) -> None:
+        ORIGINAL_DECLARE(config_file, kind, left_dense)
         weights = bytearray((config_file.parent / "model.safetensors").read_bytes())
         weights[-4] ^= 1
         (config_file.parent / "model.safetensors").write_bytes(weights)
 
-    monkeypatch.setattr(hf, "_declare_online", declare)
+    monkeypatch.setattr(hf, "_declare", declare)
     with pytest.raises(ExportError, match="other values of"):
         write(b158(), tmp_path / "out")
     assert not list(tmp_path.iterdir())
