@@ -17,7 +17,7 @@ def arguments(rows: int = 3, columns: int = 20, out: int = 6, layout: str = "i2"
 @pytest.mark.parametrize("layout", ["i2", "t5"])
 @pytest.mark.parametrize("rows", [0, 1, 5])
 def test_torch_finds_nothing_wrong_with_the_operator(layout, rows):
-    torch.library.opcheck(packed_linear, arguments(rows=rows, layout=layout))
+    torch.library.opcheck(torch.ops.bitnet.packed_linear.default, arguments(rows=rows, layout=layout))
 
 
 def test_it_compiles_without_a_break():

@@ -1,0 +1,100 @@
+"""What ``torch.ops.bitnet.packed_linear`` runs on where tensors are in main memory.
+
+The first of these that works: compiled kernels (`bitnet.ops.native`), PyTorch's int8 product, the reference in plain
+PyTorch. All three answer the same bits. Which one runs, and why not one before it, is what ``python -m bitnet.ops``
+prints; not to run the first is also said by a warning.
+"""
+
+import functools
+import warnings
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from bitnet.ops.build import BuildError, library
+from bitnet.ops.int8 import int8_linear
+from bitnet.ops.native import LAYOUTS, Native
+from bitnet.ops.packed_linear import LIBRARY, check_arguments, reference_linear
+from bitnet.ops.reference import EXACT_SUM
+from bitnet.ops.remembered import Remembered
+from bitnet.quant.packing import pack
+
+LONGEST_ROW = EXACT_SUM // 128  # columns: up to here float32 holds every sum, and results are exact
+_sound = Remembered[None](uncounted=True)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What runs: a tier of the compiled kernels, "int8" or "reference"; and why not what comes before it."""
+
+    name: str
+    native: Native | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+
+
+@functools.cache
+def choice() -> Choice:
+    """What this process runs on; compiles the kernels if need be."""
+    refused = dict[str, str]()
+    try:
+        native = Native(library())
+        for tier in native.tiers:
+            fault = fault_of(native, tier)
+            if fault is None:
+                return Choice(tier, native, refused)
+            refused[tier] = fault
+    except (BuildError, OSError) as error:
+        refused["native"] = str(error)
+    name = "int8"
+    try:
+        torch._int_mm(torch.ones(1, 3, dtype=torch.int8), torch.ones(3, 2, dtype=torch.int8))
+    except RuntimeError as error:
+        name, refused["int8"] = "reference", f"torch._int_mm: {error}"
+    warnings.warn(
+        f"packed layers run on {name}, many times slower than compiled kernels: {refused}. A C++ compiler on the path "
+        "(Debian: apt install g++) helps; python -m bitnet.ops says more",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+    return Choice(name, None, refused)
+
+
+def cpu_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: str, activation: str = "absmax"
+) -> Tensor:
+    """The operator on a CPU, for arguments that have passed its checks."""
+    chosen, columns = choice(), x.shape[-1]
+    if chosen.name == "reference" or columns > LONGEST_ROW:
+        return reference_linear(x, packed, scale, bias, layout, activation)
+    if chosen.native is None:
+        return int8_linear(x, packed, scale, bias, layout, activation)
+    native = chosen.native
+    _sound.get(packed, (layout, columns), lambda: native.refuse_damaged(packed, layout, columns))
+    return native(x, packed, scale, bias, layout, activation, chosen.name)
+
+
+def fault_of(native: Native, tier: str) -> str | None:
+    """Why a tier must not run, None if it answers like the reference on a small problem of every layout.
+
+    An instruction set that this project could not test, or a compiler that gets one wrong, must not answer for a model.
+    """
+    draw = torch.Generator().manual_seed(0)
+    for layout in LAYOUTS:
+        codes = torch.randint(0, 2, (35, 700), generator=draw, dtype=torch.int8) * 2 - 1
+        packed, scale = pack(codes, layout), torch.rand(35, 1, generator=draw)
+        for tokens in (1, 7, 33):
+            arguments = torch.randn(tokens, 700, generator=draw), packed, scale, None, layout, "absmax"
+            if not torch.equal(native(*arguments, tier), reference_linear(*arguments)):
+                return f"wrong results in layout {layout} with {tokens} rows: this is a bug, please report it"
+    return None
+
+
+def _checked(
+    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, layout: str, activation: str = "absmax"
+) -> Tensor:
+    check_arguments(x, packed, scale, bias, layout, activation)
+    return cpu_linear(x, packed, scale, bias, layout, activation)
+
+
+LIBRARY.impl("packed_linear", _checked, "CPU")

@@ -1,0 +1,99 @@
+// Packed ternary and sign weights times quantized inputs, on a CPU: one translation unit with a plain C interface.
+//
+//     task.h      the bytes, drawn                   scalar.h, avx2.h, avx512.h, amx.h, neon.h     the tiers
+//     inputs.h    float -> int8 codes, one scale     rows.h      tiles of rows and tokens, one thread's share
+//     floats.h    bfloat16, float16                  results.h   int32 sums -> rescaled, biased, rounded
+//
+// Every tier gives the same integers, and the float operations around them are the same code: results are equal bit for bit,
+// on every machine, for every number of threads.
+#include <cstdlib>
+
+#include "scalar.h"
+#if defined(__x86_64__)
+#include "avx2.h"
+#endif
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+enum Tier { SCALAR = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, TIERS = 5 };
+enum Outcome { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_TIER = 2 };
+
+// Whether this machine can run a tier, and this library holds it.
+EXPORT int bitnet_has_tier(int tier) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (tier == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#endif
+  return tier == SCALAR;
+}
+
+EXPORT int bitnet_is_parallel() {
+#ifdef _OPENMP
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+template <class Tier>
+static void run(const Source &source, const Task &t, int threads) {
+  const int64_t shares = (t.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  (void)threads;  // without OpenMP
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for
+    for (int64_t m = 0; m < t.tokens; ++m) Tier::quantize_input(source, t, m);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t s = 0; s < shares; ++s) {
+      const int64_t from = s * ROWS_AT_ONCE, left = t.rows - from;
+      Tier::share(t, from, left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE);
+    }
+  }
+}
+
+// y = rescaled (quantized x) (codes of packed)^T + bias; see bitnet/ops/packed_linear.py for what each argument is.
+// x is [tokens, columns] with x_step elements from row to row; x and y have the type `type`.
+EXPORT int bitnet_packed_linear(
+    const void *x, int64_t tokens, int64_t columns, int64_t x_step, int type, float steps,
+    const uint8_t *packed, int64_t rows, int64_t row_bytes, int layout,
+    const float *scale, int64_t scale_step, const void *bias, int bias_type,
+    void *y, int threads, int tier) {
+  if (!bitnet_has_tier(tier)) return NO_SUCH_TIER;
+  if (!tokens || !rows) return DONE;
+  const int planes = layout == I2 ? PLANES<I2> : layout == T5 ? PLANES<T5> : PLANES<B1>;
+  const int64_t blocks = (row_bytes + BLOCK - 1) / BLOCK, step = blocks * BLOCK * planes;
+  // One allocation: scales, sums, codes.
+  char *memory = (char *)aligned_alloc(64, (size_t)((tokens * (step + 8) + 127) / 64 * 64 + 64));
+  if (!memory) return OUT_OF_MEMORY;
+  const int64_t head = (tokens * 8 + 63) / 64 * 64;
+  const Source source = {x, type, x_step, columns, steps};
+  const Task t = {packed, rows, row_bytes, blocks, layout, scale, scale_step, bias, bias_type, tokens,
+            (int8_t *)memory + head, step, (float *)memory, (int32_t *)memory + tokens, y, type};
+  if (tier == SCALAR) run<Scalar>(source, t, threads);
+#if defined(__x86_64__)
+  if (tier == AVX2) run<Avx2>(source, t, threads);
+#endif
+  free(memory);
+  return DONE;
+}
+
+// The offset of the first byte that no codes pack to, or -1: i2 has no code 3, t5 no byte above 242, and what a row's last
+// byte holds beyond its last column is zero.
+EXPORT int64_t bitnet_damaged_byte(const uint8_t *packed, int64_t rows, int64_t row_bytes, int64_t columns, int layout) {
+  const int planes = layout == I2 ? 4 : layout == T5 ? 5 : 8;
+  const int used = (int)(columns - (row_bytes - 1) * planes);  // columns in the last byte
+  int limit = layout == T5 ? 1 : 1 << (layout == I2 ? 2 * used : used);
+  for (int i = 0; layout == T5 && i < used; ++i) limit *= 3;
+  for (int64_t n = 0; n < rows; ++n) {
+    const uint8_t *row = packed + n * row_bytes;
+    unsigned bad = row[row_bytes - 1] >= limit;
+    for (int64_t j = 0; j < row_bytes; ++j)
+      bad |= layout == I2 ? row[j] & row[j] >> 1 & 0x55u : layout == T5 ? row[j] > 242u : 0u;
+    if (!bad) continue;
+    for (int64_t j = 0; j < row_bytes; ++j) {
+      const bool none = layout == I2 ? row[j] & row[j] >> 1 & 0x55 : layout == T5 && row[j] > 242;
+      if (none || (j == row_bytes - 1 && row[j] >= limit)) return n * row_bytes + j;
+    }
+  }
+  return -1;
+}

@@ -1,0 +1,35 @@
+// Plain C++: every machine has it, and the others must equal it.
+#pragma once
+#include "rows.h"
+
+struct Scalar {
+  template <int M> static constexpr int ROWS = 1;
+
+  template <int L> static int code(uint8_t byte, int plane) {
+    if (L != T5) return byte >> (BITS<L> * plane) & MASK<L>;
+    for (int p = plane; p < 4; ++p) byte /= 3;
+    return byte % 3;
+  }
+
+  template <int L> __attribute__((noinline)) static int32_t add(int32_t sum, const uint8_t *bytes, int count, const int8_t *x) {
+    for (int p = 0; p < PLANES<L>; ++p)
+      for (int j = 0; j < count; ++j) sum += code<L>(bytes[j], p) * x[p * BLOCK + j];
+    return sum;
+  }
+
+  template <int L, int R, int M> static void tile(const Task &t, int64_t n, int64_t m, int32_t *dots, int64_t step) {
+    const RowEnd end = row_end(t);
+    for (int r = 0; r < R; ++r)
+      for (int k = 0; k < M; ++k) {
+        const uint8_t *row = t.packed + (n + r) * t.row_bytes;
+        const int8_t *x = t.inputs + (m + k) * t.input_step;
+        int32_t sum = 0;
+        for (int64_t b = 0; b < end.whole; ++b) sum = add<L>(sum, row + b * BLOCK, BLOCK, x + b * BLOCK * PLANES<L>);
+        dots[k * step + r] = add<L>(sum, row + end.whole * BLOCK, end.left, x + end.whole * BLOCK * PLANES<L>);
+      }
+  }
+
+  static void quantize_input(const Source &s, const Task &t, int64_t m) { quantize(s, t, m); }
+  static void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
+  static void share(const Task &t, int64_t from, int64_t count) { share_of<Scalar>(t, from, count); }
+};

@@ -1,0 +1,90 @@
+"""Which kernels make a layer, on which grids, with which arguments: plain data, for a GPU and for the emulator alike."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bitnet.ops.cuda.layout import COLUMNS, ROWS, Prepacked
+
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum of packed_linear.cu
+STEPS = {"absmax": 127, "absmax_b1": 128}
+EXACT_COLUMNS = 2**24 // 128  # float32 holds every sum of so many products; beyond, the reference's rounding is its own
+
+FEW_TOKENS = 16  # up to here the dp4a kernels, which read a weight once for 1, 2 or 4 tokens
+CODE_TOKENS = 128  # activations are stored in blocks of so many tokens
+
+Argument = Tensor | int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """One kernel call: grid (x, y), threads a block, and arguments in the kernel's order (None: a null pointer)."""
+
+    kernel: str
+    grid: tuple[int, int]
+    threads: int
+    arguments: tuple[Argument, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tensor-core kernel: outputs and tokens of a block, and its threads."""
+
+    kernel: str
+    outputs: int
+    tokens: int
+    threads: int = 128
+
+    def grid(self, tokens: int, outputs: int) -> tuple[int, int]:
+        return -(-tokens // self.tokens), -(-outputs // self.outputs)
+
+
+LARGE = Tiles("multiply_tiles_128x64", outputs=128, tokens=64)
+SMALL = Tiles("multiply_tiles_64x32", outputs=64, tokens=32)
+
+
+def launches(
+    x: Float[Tensor, "tokens cols"],
+    weight: Prepacked,
+    scale: Float[Tensor, "scale_rows 1"],
+    bias: Float[Tensor, " rows"] | None,
+    y: Float[Tensor, "tokens rows"],
+    activation: str,
+    multiprocessors: int,
+) -> list[Launch]:
+    """The kernels that write ``activation(x) @ weight^T * scale + bias`` to ``y``; allocates their workspace.
+
+    Args:
+        x: inputs, contiguous, at least one token; float32, float16 or bfloat16, as ``bias`` and ``y``.
+        weight: of ``EXACT_COLUMNS`` columns at most.
+        scale: float32 [1, 1] or [rows, 1], contiguous.
+        bias: contiguous.
+        y: receives the outputs, in the dtype of ``x``; contiguous.
+        activation: "absmax" or "absmax_b1".
+        multiprocessors: of the device; decides between large and small tiles.
+    """
+    tokens, outputs, tiles = x.shape[0], weight.rows, weight.tiles.shape[1]
+    codes = x.new_empty(-(-tokens // CODE_TOKENS) * tiles * CODE_TOKENS * COLUMNS, dtype=torch.int8)
+    sums = x.new_empty(tokens, dtype=torch.int32)
+    scales = x.new_empty(tokens, dtype=torch.float32)
+    dtype, bias_dtype = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
+    inputs = (x, codes, sums, scales, weight.columns, tiles, dtype, STEPS[activation])
+    layer = (sums, scales, scale, bias, y, tokens, outputs, int(scale.shape[0] > 1), bias_dtype, dtype)
+    kernel, grid, threads = multiplication(tokens, outputs, multiprocessors)
+    return [
+        Launch("quantize_rows", (tokens, 1), 256, inputs),
+        Launch(kernel, grid, threads, (weight.tiles, codes, tiles, *layer)),
+    ]
+
+
+def multiplication(tokens: int, outputs: int, multiprocessors: int) -> tuple[str, tuple[int, int], int]:
+    """Name, grid and threads of the kernel that multiplies: dp4a for few tokens, else the largest tiles that occupy
+    every multiprocessor."""
+    if tokens <= FEW_TOKENS:
+        at_once = next(each for each in (1, 2, 4) if each >= min(tokens, 4))
+        return f"multiply_{at_once}", (-(-outputs // ROWS), -(-tokens // at_once)), 128
+    blocks_across, blocks_down = LARGE.grid(tokens, outputs)
+    form = LARGE if blocks_across * blocks_down >= multiprocessors else SMALL
+    return form.kernel, form.grid(tokens, outputs), form.threads
