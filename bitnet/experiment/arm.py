@@ -1,7 +1,7 @@
 """One model of a run on its way to a record: where it is written, how it is measured, what it took so far."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from bitnet.data.datamodule import TextDataModule
 from bitnet.evaluation import footprint
 from bitnet.experiment.measure import Measure
-from bitnet.experiment.settings import build, command, plain
+from bitnet.experiment.settings import build_all, command, plain
+from bitnet.export.protocol import refuse_problems
+from bitnet.export.writing import describe
 from bitnet.models.pretrained import stored_dtype
 from bitnet.report import RunRecord, git_state, machine
 from bitnet.report.record import versions
@@ -88,15 +90,23 @@ class Arm:
         record.write(self.directory / RECORD)
         return record
 
-    def export(self, model: PreTrainedModel) -> None:
-        """Write what the configuration asks for; a folder that is there is whole: a run stopped after it."""
-        if self.cfg.export and not (self.directory / "hf").exists():
-            build(self.cfg.export).write(model, self.data.tokenizer, self.directory / "hf")
+    def export(self, model: PreTrainedModel, record: RunRecord) -> None:
+        """Write what the configuration asks for; what is there is whole: a run stopped after it."""
+        for exporter in build_all(self.cfg.export).values():
+            path = self.directory / exporter.filename
+            if not path.exists():
+                print(describe(exporter.write(model, self.data.tokenizer, path, asdict(record))))
 
     def _stored_dtype(self) -> torch.dtype | None:
         """The dtype of a checkpoint that was not trained on: its weights are float32 here, but not in its files."""
         path = self.cfg.model.path
         return None if self.cfg.fit or path is None else stored_dtype(path)
+
+
+def refuse_exports(cfg: DictConfig, model: PreTrainedModel) -> None:
+    """Raise InputError where a format that the configuration asks for cannot carry ``model``: before further work."""
+    for name, exporter in build_all(cfg.export).items():
+        refuse_problems(exporter.problems(model), f"export={name}")
 
 
 @cache

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from bitnet.data.passages import ids_hash
 from bitnet.evaluation import TextProtocol, footprint
-from bitnet.experiment.arm import REFERENCE_RECORD, Arm
+from bitnet.experiment.arm import REFERENCE_RECORD, Arm, refuse_exports
 from bitnet.experiment.settings import build, build_all
 from bitnet.files import atomic_file
 from bitnet.ptq import Driver, LayerResult, PTQMethod, quantize
@@ -61,6 +61,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         directory=directory / UNFINISHED,
         progress=ConsoleProgress(terminal()),
     )
+    refuse_exports(cfg, model)
     _tell_damping(cfg, results)
     _write_layers(arm, results)
     figures = arm.measure(model, original)
@@ -68,7 +69,6 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         assert original is not None
         before = arm.record(FULL_PRECISION, original, figures[0])
     before.write(directory / REFERENCE_RECORD)
-    arm.export(model)
     calibration = None
     seconds = sum(layer.seconds for layer in results)
     if needed and windows is not None:  # else the text was looked at for the layers' errors alone
@@ -84,6 +84,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         calibration=calibration,
     )
     _log(loggers, after)
+    arm.export(model, after)
     arm.keep(after)
     shutil.rmtree(directory / UNFINISHED)
     return [before, after]

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from bitnet.data.datamodule import TextDataModule
 from bitnet.data.tokenizer import check_vocabulary
 from bitnet.errors import InputError
-from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started
+from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started, refuse_exports
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.measure import Measure
 from bitnet.experiment.post_training import quantize_afterwards
@@ -44,8 +44,9 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     """Run what ``cfg`` describes, print the table, and return its rows.
 
     The folder of the run holds ``config.yaml``, ``run.json`` (the record), ``results.md``, ``curves.png``,
-    ``checkpoints/``, ``csv/`` and, unless ``export`` is null, ``hf/``; a dense twin has all of it in ``dense/``. With
-    ``ptq`` it holds ``reference.json`` (the original's record) and ``layers.csv``, ``layers.md``, ``layers.png``.
+    ``checkpoints/``, ``csv/`` and what ``export`` names (``packed/``, ``hf/``, ...); a dense twin has all of it in
+    ``dense/``. With ``ptq`` it holds ``reference.json`` (the original's record) and ``layers.csv``, ``layers.md``,
+    ``layers.png``.
 
     Raises:
         InputError: the configuration, the data or the model cannot be used, or the training diverged.
@@ -100,6 +101,8 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     torch.manual_seed(cfg.seed)
     data = _build_data(cfg)
     model = _build_model(cfg, data)
+    if not cfg.ptq:  # what it quantizes to is not there yet
+        refuse_exports(cfg, model)
     fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
     if process_rank() != 0:
         return []  # what follows is one process's work
@@ -109,23 +112,27 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
         return quantize_afterwards(arm, model)
     if bit_linears(model):
         return _frozen(arm, model)
-    figures = arm.measure(model)[-1]
-    arm.export(model)
-    return [arm.keep(arm.record(cfg.method, model, figures))]
+    record = arm.record(cfg.method, model, arm.measure(model)[-1])
+    arm.export(model, record)
+    return [arm.keep(record)]
 
 
 def _frozen(arm: Arm, model: Any) -> list[RunRecord]:
     """The latent model's record and that of the same model frozen, which has to be worth the same to the last bit."""
     method = arm.cfg.method
     figures = arm.measure(model)[-1]
-    arm.export(model)
     latent = arm.record(f"{method} latent", model, figures)
     latent.write(arm.directory / LATENT_RECORD)
+    trained = bit_linears(model)
     freeze(model)
-    frozen = arm.measure(model)[-1]
-    if frozen != figures:
-        raise AssertionError(f"the frozen model must answer as the trained one: {frozen} against {figures}")
-    return [latent, arm.keep(arm.record(f"{method} frozen", model, frozen))]
+    measured = arm.measure(model)[-1]
+    if measured != figures:
+        raise AssertionError(f"the frozen model must answer as the trained one: {measured} against {figures}")
+    frozen = arm.record(f"{method} frozen", model, measured)
+    for name, layer in trained:
+        model.set_submodule(name, layer)  # formats that can be trained on take the latent weights
+    arm.export(model, frozen)
+    return [latent, arm.keep(frozen)]
 
 
 def _build_data(cfg: DictConfig) -> TextDataModule:

@@ -65,6 +65,7 @@ POSITIVE_NUMBERS = (
     *(f"calibration.{key}" for key in CALIBRATION[:3]),
     "threads",
 )
+AS_DENSE = {"packed": {}, "hf": {"weights": "auto"}}  # formats that carry a dense twin as well, and how
 SWITCHES = ("fit", "dry_run", "compile")
 INSTANTIATE_KEYS = frozenset({"_target_", "_partial_", "_args_", "_recursive_", "_convert_"})
 
@@ -97,6 +98,7 @@ def check(cfg: DictConfig) -> None:
     for group in ("ptq", "driver", "evaluation"):
         if cfg[group]:
             build(cfg[group])  # refuses options that do not fit, before any work
+    build_all(cfg.export)
     if str(cfg.trainer.precision).startswith("16"):
         raise InputError(f"trainer.precision={cfg.trainer.precision} needs a loss scaler: use bf16-mixed, or 32-true")
     if cfg.trainer.accelerator == "mps":
@@ -160,6 +162,7 @@ def twin_of(cfg: DictConfig) -> DictConfig:
     OmegaConf.update(twin, "twin", None)
     OmegaConf.update(twin, "model.layer", None)
     twin.quantizer, twin.activation = {}, {}
+    twin.export = {name: {**node, **AS_DENSE[name]} for name, node in (cfg.export or {}).items() if name in AS_DENSE}
     if cfg.twin_lr is not None:
         OmegaConf.update(twin, "optim.lr", cfg.twin_lr)
     return twin

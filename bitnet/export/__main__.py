@@ -3,7 +3,6 @@
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from bitnet.errors import InputError
 
@@ -58,7 +57,7 @@ def _written(options: argparse.Namespace) -> str:
     import torch
 
     from bitnet.export.reading import load
-    from bitnet.export.writing import exporter
+    from bitnet.export.writing import describe, exporter
 
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -81,19 +80,6 @@ def _checked(options: argparse.Namespace) -> str:
     with console.capture() as text:
         console.print(diagnosis_table(diagnose(loaded.model), f"{options.path} ({loaded.format})"))
     return text.get().rstrip()
-
-
-def describe(done: Any) -> str:
-    """One export in a few lines."""
-    lines = [
-        f"{done.path}: {done.format}, {done.bytes:,} bytes",
-        f"  {done.contents}",
-        f"  read back: {done.layers} layers with equal codes and scales; logits differ by {done.difference:.2g} of "
-        "their spread",
-    ]
-    if done.runtime is not None:
-        lines.append(f"  {done.runtime}: logits differ by {done.runtime_difference:.2g} of their spread")
-    return "\n".join(lines)
 
 
 def _default_output(path: Path, filename: str) -> Path:

@@ -78,3 +78,16 @@ def options_of(format: str) -> dict[str, Any]:
     found = {each.name: each.default for each in fields(exporter_class(format))}
     assert MISSING not in found.values(), f"every option of {format} has a default"
     return found
+
+
+def describe(done: Exported) -> str:
+    """One export in a few lines: what was written, and how near it is to the model."""
+    lines = [
+        f"{done.path}: {done.format}, {done.bytes:,} bytes",
+        f"  {done.contents}",
+        f"  read back: {done.layers} layers with equal codes and scales; logits differ by {done.difference:.2g} of "
+        "their spread",
+    ]
+    if done.runtime is not None:
+        lines.append(f"  {done.runtime}: logits differ by {done.runtime_difference:.2g} of their spread")
+    return "\n".join(lines)
