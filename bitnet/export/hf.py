@@ -117,7 +117,7 @@ class HuggingFaceExporter:
         if self.weights != "auto" and not layers:
             return ["no layer is quantized: use weights=auto, which writes it as it is"]
         if self.weights in PACKED:
-            return hf_bitnet.packed_problems(layers, _plain(model), self.weights)
+            return hf_bitnet.packed_problems(layers, plain_body(model), self.weights)
         if self._kind(model) != "latent":
             return []
         found = hf_bitnet.latent_problems(layers)
@@ -186,7 +186,7 @@ def _stored(
         if id(saved[name]) not in seen:  # a tied head is stored once
             seen.add(id(saved[name]))
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
-    plain = _plain(model)
+    plain = plain_body(model)
     for name, layer in layers.items():
         if kind == "latent":
             assert isinstance(layer, BitLinear)
@@ -202,7 +202,7 @@ def _stored(
             yield f"{name}.weight_scale", hf_bitnet.stored_scale(weight.scale, kind)
 
 
-def _plain(model: "PreTrainedModel") -> nn.Module:
+def plain_body(model: "PreTrainedModel") -> nn.Module:
     """transformers' own model of the same configuration, without memory."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))

@@ -82,7 +82,7 @@ def _with_this_package(
     loaded.to(model.device)
     loaded.set_attn_implementation(model.config._attn_implementation)
     rounding = hf_bitnet.SCALE_ROUNDING.get(kind, 0.0)
-    _compare_dense(model, loaded, folder, None)
+    compare_dense(model, loaded, folder, None)
     distance = difference(expected, logits(loaded, ids)) if rounding else 0.0
     layers = _compare_rounded_scales(model, loaded, rounding) if rounding else compare_codes(model, loaded)
     found = compare_logits(expected, logits(loaded, ids), tolerance, "with this package's layers")
@@ -120,7 +120,7 @@ def _with_transformers(folder: Path, model: "PreTrainedModel", kind: str, dtype:
         if keys := sorted(map(str, report[problem])):
             raise ExportError(f"transformers reads {folder} with {problem.replace('_', ' ')}: {keys[:3]}")
     loaded.to(model.device)
-    _compare_dense(model, loaded, folder, dtype)
+    compare_dense(model, loaded, folder, dtype)
     _compare_classes(model, loaded, kind)
     for name, layer in quantized_layers(model).items():
         if not _holds(loaded.get_submodule(name), layer, kind, dtype):
@@ -128,7 +128,7 @@ def _with_transformers(folder: Path, model: "PreTrainedModel", kind: str, dtype:
     return logits(loaded, ids)
 
 
-def _compare_dense(written: nn.Module, loaded: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
+def compare_dense(written: nn.Module, loaded: nn.Module, folder: Path, dtype: torch.dtype | None) -> None:
     """Compare every tensor of no quantized weight; ``dtype`` is what it must be in, None: any that holds the value."""
     found = loaded.state_dict()
     for name, tensor in dense_tensors(written):
@@ -181,18 +181,23 @@ def transformers_at_hand() -> Iterator[None]:
 
     It compiles those layers when they first run, which takes a C++ compiler.
     """
-    from transformers.utils import logging
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's compiler uses what torch has deprecated
         import_module("transformers.integrations.bitnet")
+    with quiet_transformers(), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without the bars and remarks of transformers; as before afterwards."""
+    from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         logging.set_verbosity(verbosity)
         if bars:

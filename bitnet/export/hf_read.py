@@ -129,14 +129,14 @@ class Tensors:
         return names
 
 
-def read_with(path: Path, quantized: Callable[["PreTrainedModel"], set[str]], make: Make) -> "PreTrainedModel":
+def read_with(path: Path, quantized: Callable[["PreTrainedModel", Tensors], set[str]], make: Make) -> "PreTrainedModel":
     """The body that config.json describes, one layer at a time: ``make`` for the linears that ``quantized`` names.
 
     Everything else is read in float32, and has to be there: no tensor missing, none too many.
     """
     tensors = Tensors(path)
     model = _empty(path, most_layers=len(tensors))
-    names = quantized(model)
+    names = quantized(model, tensors)
     if not names:
         raise InputError(f"{path}/config.json leaves every linear dense, and says that the model is quantized")
     for name in [name for name, _ in model.named_modules() if name in names]:
@@ -188,7 +188,7 @@ def _read_packed(path: Path, entry: dict[str, Any]) -> "PreTrainedModel":
             raise InputError(f"{path}: {name}.weight_scale: {error}") from None
         return QuantizedLinear(QTensor(codes, scale, levels=3), bias, absmax)
 
-    return read_with(path, lambda model: _converted(model, entry), make)
+    return read_with(path, lambda model, _: _converted(model, entry), make)
 
 
 def _read_latent(path: Path, entry: dict[str, Any]) -> "PreTrainedModel":
