@@ -16,7 +16,7 @@ def all_logits(model, ids):
         return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 
 
-@pytest.mark.parametrize("portions", [[90], [1] * 90, [5, 60, 1, 24], [63, 1, 1, 25]])
+@pytest.mark.parametrize("portions", [[90], [1] * 20, [5, 60, 1, 24], [63, 1, 1, 25]])
 @pytest.mark.parametrize("body", BODIES)
 def test_logits_are_those_of_reading_all_at_once(body, portions):
     model = tiny(body).double()  # float64: any difference but rounding shows
@@ -25,16 +25,16 @@ def test_logits_are_those_of_reading_all_at_once(body, portions):
         found = cached.read(IDS[begin : begin + portion])
         begin += portion
         assert torch.allclose(found, all_logits(model, IDS[:begin])[-1], rtol=0, atol=1e-12)
-    assert cached.ids == IDS
+    assert cached.ids == IDS[:begin]
 
 
 @pytest.mark.parametrize(("body", "packed"), [("bitnet", False), ("bitnet", True), ("llama", False), ("qwen2", True)])
 def test_greedy_text_is_that_of_reading_all_again_for_every_token(body, packed):
     model = quantized(body, packed=packed)
     expected = list(IDS[:7])
-    for _ in range(30):
+    for _ in range(20):
         expected.append(int(all_logits(model, expected)[-1].argmax()))
-    found = new_tokens(CachedModel(model).read, IDS[:7], Sampler(Sampling(temperature=0)), at_most=30, ends=frozenset())
+    found = new_tokens(CachedModel(model).read, IDS[:7], Sampler(Sampling(temperature=0)), at_most=20, ends=frozenset())
     assert list(found) == expected[7:]
     assert len(set(expected[7:])) > 4
 
@@ -42,8 +42,9 @@ def test_greedy_text_is_that_of_reading_all_again_for_every_token(body, packed):
 @pytest.mark.parametrize("body", BODIES)
 def test_a_quantized_model_answers_the_same_up_to_codes_that_rounding_moves(body):
     model = quantized(body)
-    cached, expected = CachedModel(model), all_logits(model, IDS)
-    found = torch.stack([cached.read([each]) for each in IDS])
+    cached, expected = CachedModel(model), all_logits(model, IDS)[50:]
+    cached.read(IDS[:50])
+    found = torch.stack([cached.read([each]) for each in IDS[50:]])
     spread = expected.std(-1).mean()
     assert (found - expected).square().mean().sqrt() / spread < 0.01
     assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.98
