@@ -37,8 +37,8 @@ enum State { READY, IN_COLLECTIVE, AT_BARRIER, DONE };
 struct Copy { void* shared; const void* global; };
 
 struct Fiber {
-    ucontext_t context;
-    std::vector<char> stack;
+    void* place[5];                   // where it goes on (__builtin_setjmp)
+    std::vector<char> stack;          // empty: never started
     Index thread;
     State state;
     bool parity;                      // of the collectives so far
@@ -51,7 +51,7 @@ struct Deposit { unsigned words[6]; };  // what a lane gives to a collective
 inline std::vector<Fiber> fibers;
 inline unsigned current;
 inline Index block, block_size, grid_size;
-inline ucontext_t scheduler;
+inline void* scheduler[5];
 inline std::function<void()> kernel;
 inline std::vector<Deposit> deposits[2];
 
@@ -60,32 +60,52 @@ inline std::vector<Deposit> deposits[2];
     exit(3);
 }
 
+// Fibers live as long as the program, one for every thread of a block, and switch by jumps: swapcontext is a system call.
+// Both functions are left out of AddressSanitizer, which takes the jump for the end of a stack.
+#define SWITCHES __attribute__((noinline, no_sanitize("address")))
+
+SWITCHES inline void leave() {
+    if (__builtin_setjmp(fibers[current].place) == 0) __builtin_longjmp(scheduler, 1);
+}
+
 inline void pause(State state) {
     fibers[current].state = state;
-    const unsigned me = current;
-    swapcontext(&fibers[me].context, &scheduler);
+    leave();
 }
 
 inline void entry() {
-    kernel();
-    fibers[current].state = DONE;
-    const unsigned me = current;
-    swapcontext(&fibers[me].context, &scheduler);
+    for (;;) {
+        kernel();
+        pause(DONE);
+    }
+}
+
+SWITCHES inline void enter(ucontext_t* first) {
+    if (__builtin_setjmp(scheduler)) return;
+    if (first) setcontext(first);
+    __builtin_longjmp(fibers[current].place, 1);
+}
+
+// Runs the current fiber up to its next pause.
+inline void go_on() {
+    Fiber& fiber = fibers[current];
+    if (!fiber.stack.empty()) return enter(nullptr);
+    fiber.stack.resize(256 << 10);
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.data();
+    context.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&context, entry, 0);
+    enter(&context);
 }
 
 inline void start(unsigned number) {
     Fiber& fiber = fibers[number];
-    fiber.stack.resize(256 << 10);
     fiber.thread = {number % block_size.x, number / block_size.x, 0};
     fiber.state = READY;
     fiber.parity = false;
     fiber.open.clear();
     fiber.groups.clear();
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, entry, 0);
 }
 
 // Lets threads go on that have all come to the same collective (a warp) or barrier (the block).
@@ -100,7 +120,7 @@ inline bool release(State state, unsigned first, unsigned last) {
 inline void run_block(bool backwards) {
     const unsigned threads = block_size.x * block_size.y;
     if (threads % 32) stop("blocks of whole warps only");
-    fibers.resize(threads);
+    if (fibers.size() < threads) fibers.resize(threads);
     for (auto& each : deposits) each.resize(threads);
     for (unsigned each = 0; each < threads; ++each) start(each);
     for (;;) {
@@ -109,11 +129,11 @@ inline void run_block(bool backwards) {
             current = backwards ? threads - 1 - each : each;
             if (fibers[current].state != READY) continue;
             moved = true;
-            swapcontext(&scheduler, &fibers[current].context);
+            go_on();
         }
         for (unsigned warp = 0; warp < threads; warp += 32) moved |= release(IN_COLLECTIVE, warp, warp + 32);
         moved |= release(AT_BARRIER, 0, threads);
-        for (const Fiber& fiber : fibers) alive |= fiber.state != DONE;
+        for (unsigned each = 0; each < threads; ++each) alive |= fibers[each].state != DONE;
         if (!alive) return;
         if (!moved) stop("some thread never comes to a barrier or a warp's collective");
     }
@@ -226,8 +246,8 @@ inline unsigned short half_of_float(float value) {
     const float size = fabsf(value);
     if (size >= 65520.0f) return sign | 0x7c00;
     int exponent;
-    frexpf(size, &exponent);                      // size = [0.5, 1) * 2^exponent
-    const int unit = max(exponent - 11, -24);     // one unit of the last place is 2^unit
+    frexpf(size, &exponent);                                 // size = [0.5, 1) * 2^exponent
+    const int unit = size == 0 ? -24 : max(exponent - 11, -24);  // one unit of the last place is 2^unit
     const unsigned units = (unsigned)lrintf(ldexpf(size, -unit));
     return sign | (unit == -24 ? units : ((unsigned)(unit + 24) << 10) + units);
 }
