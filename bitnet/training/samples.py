@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
+from bitnet.generation import Sampler, Sampling, new_tokens
 
 
 class Tokenizer(Protocol):
@@ -99,17 +100,14 @@ def generate(
     The network is called uncompiled (each length would compile anew) and without a cache of keys and values, which
     keeps to the one calling convention of training. Draws from ``generator`` alone.
     """
-    ids = torch.tensor([list(token_ids)], device=generator.device)
-    for _ in range(max_new_tokens):
-        logits: Tensor = model.forward(input_ids=ids, use_cache=False).logits[0, -1].float()
-        if temperature == 0:
-            token = logits.argmax().reshape(1)
-        else:
-            token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
-        if end is not None and token.item() == end:
-            break
-        ids = torch.cat([ids, token[None]], dim=1)
-    return ids[0, len(token_ids) :].tolist()
+    text = list[int]()
+
+    def read(tokens: Sequence[int]) -> Tensor:
+        text.extend(tokens)
+        return model.forward(input_ids=torch.tensor([text], device=generator.device), use_cache=False).logits[0, -1]
+
+    draw = Sampler(Sampling(temperature=temperature), generator)
+    return list(new_tokens(read, token_ids, draw, at_most=max_new_tokens, ends=() if end is None else (end,)))
 
 
 def _quoted(text: str) -> str:
