@@ -167,7 +167,10 @@ def _packed_reasons(layer: nn.Module, plain: nn.Module, linear_class: str) -> li
             f"out_features must be a multiple of {ROWS_A_BYTE}, got {plain.out_features}: leave the layer dense "
             "(exclude=) or use weights=dequantized"
         )
-    if linear_class == "autobitlinear" and getattr(layer, "bias", None) is not None:
+    bias = getattr(layer, "bias", None)
+    if bias is not None and plain.bias is None:
+        reasons.append("it has a bias that its config does not mention, so that transformers would not read it")
+    elif bias is not None and linear_class == "autobitlinear":
         reasons.append("autobitlinear would multiply its bias by the scale: use weights=bitlinear")
     activation: Any = layer.activation
     if activation is None or not _same(activation(probe), absmax(probe)):
