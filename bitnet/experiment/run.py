@@ -158,6 +158,7 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
 
 
 def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module) -> Fit:
+    model.train()  # one from a folder comes in evaluation mode, its dropout switched off
     module = LanguageModelingModule(
         model, build(cfg.optim), build(cfg.schedule), total_steps=cfg.trainer.max_steps, compile=cfg.compile
     )
