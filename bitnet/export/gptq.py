@@ -29,7 +29,6 @@ from bitnet.export.hf_gate import SAME_QUANTIZERS, compare_dense, quiet_transfor
 from bitnet.export.hf_read import read
 from bitnet.export.parity import (
     SAME_ARITHMETIC,
-    compare_codes,
     compare_logits,
     dense_tensors,
     logits,
@@ -256,9 +255,25 @@ def _check(folder: Path, model: "PreTrainedModel", dtype: torch.dtype) -> tuple[
         except InputError as error:
             raise ExportError(f"what was written does not read back: {error}") from error
         loaded.to(model.device).set_attn_implementation(model.config._attn_implementation)
-        layers = compare_codes(model, loaded)
+        layers = _compare_codes(model, loaded)
         compare_dense(model, loaded, folder, None)
         ids = token_ids(model)
         tolerance = SAME_ARITHMETIC if dtype == model.dtype == torch.float32 else SAME_QUANTIZERS
         distance = compare_logits(logits(model, ids), logits(loaded, ids), tolerance, "by this package")
     return layers, distance
+
+
+def _compare_codes(model: nn.Module, loaded: nn.Module) -> int:
+    """Compare codes, scales and zero points of every row and group; return the number of layers.
+
+    A scale for the whole matrix comes back as one for each row, and zero points that are all 2^(bits-1) as none.
+    """
+    expected, found = quantized_layers(model), quantized_layers(loaded)
+    if names := sorted(expected.keys() ^ found.keys()):
+        raise ExportError(f"other layers are quantized in what was read back: {', '.join(names[:3])}")
+    for name, layer in expected.items():
+        one, other = _codes(layer), _codes(found[name])
+        same = torch.equal(one.qdata, other.qdata) and torch.equal(one.scale.expand_as(other.scale), other.scale)
+        if not same or not torch.equal(unsigned_zeros(one, 8), unsigned_zeros(other, 8)):
+            raise ExportError(f"{name}: the codes, scales or zero points read back are not those that were written")
+    return len(expected)
