@@ -50,25 +50,35 @@ struct Source {
   float steps;
 };
 
-template <int L> INLINE void quantize_as(const Source &s, const Task &t, int64_t m) {
+// Where the codes of a block go: row after row, as drawn in task.h.
+struct InRows {
+  INLINE void put(const Task &t, int64_t m, int64_t b, const int8_t *codes, int count) {
+    memcpy(t.inputs + m * t.input_step + b * count, codes, (size_t)count);
+  }
+};
+
+template <class Order, int L> INLINE void quantize_as(const Source &s, const Task &t, int64_t m) {
+  constexpr int COUNT = BLOCK * PLANES<L>;
   const uint32_t largest = largest_of(s.x, s.type, m * s.step, s.columns), eps = bits_of(1e-5f);
   const float scale = float_of(largest < eps ? eps : largest) / s.steps;
-  int8_t *codes = t.inputs + m * t.input_step;
+  const bool finite = largest < 0x7f800000;  // else no code means anything, and 0 * NaN is NaN, as it has to be
+  int8_t codes[COUNT] = {};
   int32_t sum = 0;
-  const bool finite = largest < 0x7f800000;
-  if (!finite) memset(codes, 0, (size_t)t.input_step);  // no code means anything, and 0 * NaN is NaN, as it has to be
-  for (int64_t k = 0; finite && k < s.columns; k += BLOCK * PLANES<L>, codes += BLOCK * PLANES<L>) {
-    const int count = s.columns - k < BLOCK * PLANES<L> ? (int)(s.columns - k) : BLOCK * PLANES<L>;
-    float values[BLOCK * PLANES<L>];
-    read(s.x, s.type, m * s.step + k, count, values);
-    sum += quantize_block<L>(values, count, scale, codes);
+  for (int64_t b = 0; b < t.blocks; ++b) {
+    if (finite) {
+      const int count = s.columns - b * COUNT < COUNT ? (int)(s.columns - b * COUNT) : COUNT;
+      float values[COUNT];
+      read(s.x, s.type, m * s.step + b * COUNT, count, values);
+      sum += quantize_block<L>(values, count, scale, codes);
+    }
+    Order::put(t, m, b, codes, COUNT);
   }
   t.input_scale[m] = finite ? scale : float_of(0x7fc00000);
   t.input_sum[m] = sum;
 }
 
-INLINE void quantize(const Source &s, const Task &t, int64_t m) {
-  if (t.layout == I2) quantize_as<I2>(s, t, m);
-  else if (t.layout == T5) quantize_as<T5>(s, t, m);
-  else quantize_as<B1>(s, t, m);
+template <class Order> INLINE void quantize(const Source &s, const Task &t, int64_t m) {
+  if (t.layout == I2) quantize_as<Order, I2>(s, t, m);
+  else if (t.layout == T5) quantize_as<Order, T5>(s, t, m);
+  else quantize_as<Order, B1>(s, t, m);
 }

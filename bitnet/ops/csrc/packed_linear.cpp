@@ -10,7 +10,12 @@
 
 #include "scalar.h"
 #if defined(__x86_64__)
+#include "amx.h"
 #include "avx2.h"
+#include "avx512.h"
+#include "cpu_x86.h"
+#elif defined(__aarch64__)
+#include "neon.h"
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -18,11 +23,16 @@
 enum Tier { SCALAR = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, TIERS = 5 };
 enum Outcome { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_TIER = 2 };
 
+constexpr int AMX_FROM = 12;  // tokens: with fewer, most of a tile would be padding
+
 // Whether this machine can run a tier, and this library holds it.
 EXPORT int bitnet_has_tier(int tier) {
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (tier == AVX2) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (tier == AVX2) return has_avx2();
+  if (tier == AVX512) return has_avx512();
+  if (tier == AMX) return has_avx512() && has_amx();
+#elif defined(__aarch64__)
+  if (tier == NEON) return has_dot_product();
 #endif
   return tier == SCALAR;
 }
@@ -60,19 +70,26 @@ EXPORT int bitnet_packed_linear(
     void *y, int threads, int tier) {
   if (!bitnet_has_tier(tier)) return NO_SUCH_TIER;
   if (!tokens || !rows) return DONE;
+  if (tier == AMX && tokens < AMX_FROM) tier = AVX512;
   const int planes = layout == I2 ? PLANES<I2> : layout == T5 ? PLANES<T5> : PLANES<B1>;
   const int64_t blocks = (row_bytes + BLOCK - 1) / BLOCK, step = blocks * BLOCK * planes;
-  // One allocation: scales, sums, codes.
-  char *memory = (char *)aligned_alloc(64, (size_t)((tokens * (step + 8) + 127) / 64 * 64 + 64));
+  const int64_t padded = (tokens + 15) / 16 * 16;  // AMX takes 16 at a time
+  // One allocation: scales and sums, then codes. All sizes are multiples of 64 bytes.
+  char *memory = (char *)aligned_alloc(64, (size_t)(padded * (8 + step)));
   if (!memory) return OUT_OF_MEMORY;
-  const int64_t head = (tokens * 8 + 63) / 64 * 64;
+  int8_t *inputs = (int8_t *)memory + padded * 8;
+  if (tier == AMX) memset(inputs + (padded - 16) * step, 0, (size_t)(16 * step));  // rows that do not exist
   const Source source = {x, type, x_step, columns, steps};
   const Task t = {packed, rows, row_bytes, blocks, layout, scale, scale_step, bias, bias_type, tokens,
-            (int8_t *)memory + head, step, (float *)memory, (int32_t *)memory + tokens, y, type};
-  if (tier == SCALAR) run<Scalar>(source, t, threads);
+                  inputs, step, (float *)memory, (int32_t *)memory + padded, y, type};
 #if defined(__x86_64__)
-  if (tier == AVX2) run<Avx2>(source, t, threads);
+  if (tier == AMX) run<Amx>(source, t, threads);
+  else if (tier == AVX512) run<Avx512>(source, t, threads);
+  else if (tier == AVX2) run<Avx2>(source, t, threads);
+#elif defined(__aarch64__)
+  if (tier == NEON) run<Neon>(source, t, threads);
 #endif
+  if (tier == SCALAR) run<Scalar>(source, t, threads);
   free(memory);
   return DONE;
 }

@@ -29,7 +29,7 @@ struct Scalar {
       }
   }
 
-  static void quantize_input(const Source &s, const Task &t, int64_t m) { quantize(s, t, m); }
+  static void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   static void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
   static void share(const Task &t, int64_t from, int64_t count) { share_of<Scalar>(t, from, count); }
 };
