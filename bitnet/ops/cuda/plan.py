@@ -1,4 +1,4 @@
-"""Which kernels make a layer, on which grids, with which arguments: plain data, for a GPU and for the emulator alike."""
+"""Which kernels make a layer, on which grids, with which arguments: plain data, for a GPU and for the emulator."""
 
 from dataclasses import dataclass
 
@@ -29,20 +29,35 @@ class Launch:
 
 
 @dataclass(frozen=True, slots=True)
-class Tiles:
-    """A tensor-core kernel: outputs and tokens of a block, and its threads."""
+class Few:
+    """A dp4a kernel: a block computes 16 outputs of ``tokens`` tokens."""
 
-    kernel: str
+    tokens: int
+
+    def grid(self, tokens: int, outputs: int) -> tuple[int, int]:
+        return -(-outputs // ROWS), -(-tokens // self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """A tensor-core kernel: a block computes ``outputs`` outputs of ``tokens`` tokens."""
+
     outputs: int
     tokens: int
-    threads: int = 128
 
     def grid(self, tokens: int, outputs: int) -> tuple[int, int]:
         return -(-tokens // self.tokens), -(-outputs // self.outputs)
 
 
-LARGE = Tiles("multiply_tiles_128x64", outputs=128, tokens=64)
-SMALL = Tiles("multiply_tiles_64x32", outputs=64, tokens=32)
+LARGE = Tiles(outputs=128, tokens=64)
+MULTIPLICATIONS = {
+    "multiply_1": Few(1),
+    "multiply_2": Few(2),
+    "multiply_4": Few(4),
+    "multiply_tiles_64x32": Tiles(outputs=64, tokens=32),
+    "multiply_tiles_128x64": LARGE,
+}
+MULTIPLY_THREADS, QUANTIZE_THREADS = 128, 256
 
 
 def launches(
@@ -53,6 +68,7 @@ def launches(
     y: Float[Tensor, "tokens rows"],
     activation: str,
     multiprocessors: int,
+    kernel: str | None = None,
 ) -> list[Launch]:
     """The kernels that write ``activation(x) @ weight^T * scale + bias`` to ``y``; allocates their workspace.
 
@@ -64,6 +80,7 @@ def launches(
         y: receives the outputs, in the dtype of ``x``; contiguous.
         activation: "absmax" or "absmax_b1".
         multiprocessors: of the device; decides between large and small tiles.
+        kernel: which one multiplies, one of ``MULTIPLICATIONS``; None chooses by the shape.
     """
     tokens, outputs, tiles = x.shape[0], weight.rows, weight.tiles.shape[1]
     codes = x.new_empty(-(-tokens // CODE_TOKENS) * tiles * CODE_TOKENS * COLUMNS, dtype=torch.int8)
@@ -72,19 +89,17 @@ def launches(
     dtype, bias_dtype = DTYPES[x.dtype], DTYPES[x.dtype if bias is None else bias.dtype]
     inputs = (x, codes, sums, scales, weight.columns, tiles, dtype, STEPS[activation])
     layer = (sums, scales, scale, bias, y, tokens, outputs, int(scale.shape[0] > 1), bias_dtype, dtype)
-    kernel, grid, threads = multiplication(tokens, outputs, multiprocessors)
+    kernel = multiplication(tokens, outputs, multiprocessors) if kernel is None else kernel
+    grid = MULTIPLICATIONS[kernel].grid(tokens, outputs)
     return [
-        Launch("quantize_rows", (tokens, 1), 256, inputs),
-        Launch(kernel, grid, threads, (weight.tiles, codes, tiles, *layer)),
+        Launch("quantize_rows", (tokens, 1), QUANTIZE_THREADS, inputs),
+        Launch(kernel, grid, MULTIPLY_THREADS, (weight.tiles, codes, tiles, *layer)),
     ]
 
 
-def multiplication(tokens: int, outputs: int, multiprocessors: int) -> tuple[str, tuple[int, int], int]:
-    """Name, grid and threads of the kernel that multiplies: dp4a for few tokens, else the largest tiles that occupy
-    every multiprocessor."""
+def multiplication(tokens: int, outputs: int, multiprocessors: int) -> str:
+    """The kernel that multiplies: dp4a for few tokens, else the largest tiles that occupy every multiprocessor."""
     if tokens <= FEW_TOKENS:
-        at_once = next(each for each in (1, 2, 4) if each >= min(tokens, 4))
-        return f"multiply_{at_once}", (-(-outputs // ROWS), -(-tokens // at_once)), 128
-    blocks_across, blocks_down = LARGE.grid(tokens, outputs)
-    form = LARGE if blocks_across * blocks_down >= multiprocessors else SMALL
-    return form.kernel, form.grid(tokens, outputs), form.threads
+        return f"multiply_{next(each for each in (1, 2, 4) if each >= min(tokens, 4))}"
+    across, down = LARGE.grid(tokens, outputs)
+    return "multiply_tiles_128x64" if across * down >= multiprocessors else "multiply_tiles_64x32"

@@ -230,7 +230,7 @@ inline float __fmul_rn(float a, float b) { return a * b; }  // -ffp-contract=off
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __int2float_rn(int value) { return (float)value; }
-inline int __float2int_rn(float value) { return (int)lrintf(value); }
+inline int __float2int_rn(float value) { return std::isnan(value) ? INT32_MIN : (int)lrintf(value); }
 
 inline float float_of_half(unsigned short bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bitnet.ops.activations import ACTIVATIONS
 from bitnet.ops.cuda.layout import prepack
-from bitnet.ops.cuda.plan import launches, multiplication
+from bitnet.ops.cuda.plan import MULTIPLICATIONS, launches, multiplication
 from bitnet.ops.packed_linear import reference_linear
 from bitnet.quant import PackedTensor, QTensor, absmean_ternary
 
@@ -25,9 +25,11 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def answer(emulator, x, weight: QTensor, bias=None, activation="absmax", backwards=False, multiprocessors=1) -> Tensor:
+def answer(
+    emulator, x, weight: QTensor, bias=None, activation="absmax", backwards=False, multiprocessors=1, kernel=None
+) -> Tensor:
     y = torch.full((x.shape[0], weight.shape[0]), torch.nan, dtype=x.dtype)
-    plan = launches(x, prepack(weight.qdata), weight.scale, bias, y, activation, multiprocessors)
+    plan = launches(x, prepack(weight.qdata), weight.scale, bias, y, activation, multiprocessors, kernel)
     emulator.run(plan, backwards)
     return y
 
@@ -118,6 +120,13 @@ def test_signs_are_ternary_codes_too(emulator):
     assert torch.equal(answer(emulator, x, weight, activation="absmax_b1"), expected(x, weight, activation="absmax_b1"))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 66])
+@pytest.mark.parametrize("kernel", list(MULTIPLICATIONS))
+def test_every_kernel_is_exact_for_every_number_of_tokens(emulator, kernel, tokens):
+    x, weight = inputs(tokens, 140, torch.float16), ternary(150, 140)
+    assert equal(answer(emulator, x, weight, kernel=kernel), expected(x, weight))
+
+
 @pytest.mark.parametrize(
     ("tokens", "outputs", "kernel", "grid"),
     [
@@ -130,4 +139,5 @@ def test_signs_are_ternary_codes_too(emulator):
     ],
 )
 def test_the_kernel_follows_from_the_shape(tokens, outputs, kernel, grid):
-    assert multiplication(tokens, outputs, multiprocessors=132)[:2] == (kernel, grid)
+    assert multiplication(tokens, outputs, multiprocessors=132) == kernel
+    assert MULTIPLICATIONS[kernel].grid(tokens, outputs) == grid
