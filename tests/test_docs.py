@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from hydra import compose, initialize_config_dir
 
 from bitnet.data import TokenizerSpec
 from bitnet.experiment.run import run
+from bitnet.export import export
 from bitnet.models import Size, from_scratch
+from bitnet.nn import convert
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,6 +38,13 @@ def _jobs(overrides: list[str]) -> list[list[str]]:
     return [[f"{key}={values.split(',')[end]}" for key, values in choices] for end in (0, -1)]
 
 
+def _module_commands() -> list[str]:
+    """What the documentation calls as ``python -m bitnet.export ...`` and the like."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    found = re.findall(r"(?:^|`)python -m (bitnet\..*?)(?:  +#.*)?(?:`|$)", text, re.MULTILINE)
+    return sorted({each.strip() for each in found if " " in each.strip()})
+
+
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """A reader's folder, with the things in it that the documentation's commands name."""
@@ -56,6 +66,31 @@ def test_every_command_of_the_documentation_composes_and_is_dry_run(command, cap
             cfg = compose("config", [*overrides, "dry_run=true"])
         assert run(cfg) == []
         assert "parameters" in capsys.readouterr().out
+
+
+@pytest.fixture
+def finished_run(reader, tmp_path):
+    """``runs/NAME``: the folder of a run that ended."""
+    size = Size(
+        hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2
+    )
+    model = from_scratch(body="llama", hidden_act="silu", size=size, vocab_size=258)
+    convert(model)
+    Path("runs/NAME").mkdir(parents=True)
+    Path("runs/NAME/run.json").write_text("{}")
+    tokenizer = TokenizerSpec(vocab_size=258).load(lambda: ["some text"], "corpus", tmp_path / "cache")
+    export(model, "packed", "runs/NAME/packed", tokenizer=tokenizer)
+
+
+@pytest.mark.usefixtures("finished_run")
+@pytest.mark.parametrize("command", _module_commands())
+def test_every_other_command_of_the_documentation_runs(command, capsys):
+    module, *arguments = shlex.split(command)
+    if module == "bitnet.generate":
+        arguments += ["--max-new-tokens", "2"]
+    main = import_module(module).main if module == "bitnet.generate" else import_module(f"{module}.__main__").main
+    assert not main(arguments)  # no exit status but 0
+    assert capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
