@@ -9,6 +9,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from bitnet.generation.step import OneToken, knows
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -56,6 +58,8 @@ class CachedModel:
     def __init__(self, model: "PreTrainedModel") -> None:
         self.model, self.ids = model, list[int]()
         self._cache = _cache_for(model)
+        own_memory = all(type(layer) is GrowingLayer for layer in self._cache.layers)
+        self._step = OneToken(model) if own_memory and knows(model) else None
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         )
@@ -65,12 +69,17 @@ class CachedModel:
         """Logits [vocabulary] of the token after ``ids``, which follow those of the calls before; at least one."""
         given = torch.tensor([list(ids)], device=self.model.device)
         try:
-            output = self.model(input_ids=given, past_key_values=self._cache, use_cache=True, **self._last_only)
+            logits = self._logits(given)
         except BaseException:  # Ctrl-C, too: some layers have the new tokens and some have not
             self._cache, self.ids = _cache_for(self.model), []
             raise
         self.ids.extend(ids)
-        return output.logits[0, -1]
+        return logits[0, -1]
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        if self._step is not None and ids.shape[1] == 1 and self._cache.get_seq_length():
+            return self._step(ids, self._cache)
+        return self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._last_only).logits
 
     def keep(self, ids: Sequence[int]) -> int:
         """Forget all that is not a beginning of ``ids``; return how many of them need not be read again.

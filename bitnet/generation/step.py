@@ -1,0 +1,117 @@
+"""One token through a decoder in as few operators as it takes.
+
+transformers' forward pass of a 12-layer model costs 11 ms of CPU time before any weight is read (masks, views, norms of
+six operators, three quantizations of one input). With packed weights that is most of a step. This module computes the
+same for the bodies that it knows, on the model's own layers, and on the same cache; other bodies, and all prompts, go
+through transformers.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitnet.nn.fuse import fused
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PreTrainedModel
+
+BODIES = ("BitNetForCausalLM", "LlamaForCausalLM", "Qwen2ForCausalLM")
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"attn_sub_norm"}  # children that are needed, that may be
+FEED_FORWARD = {"gate_proj", "up_proj", "down_proj", "act_fn"}, {"ffn_sub_norm"}
+LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}, set[str]()
+Function = Callable[[Tensor], Tensor]
+
+
+class OneToken:
+    """The step of one model: a token in, logits out, its keys and values appended to a cache.
+
+    Args:
+        model: of a body that `knows` knows. Packed layers that read the same input are fused (`bitnet.nn.fuse`).
+    """
+
+    def __init__(self, model: "PreTrainedModel") -> None:
+        body: Any = model.model
+        self._embed, self._rotary, self._head = body.embed_tokens, body.rotary_emb, fused([model.lm_head])
+        self._norm = _norm(body.norm)
+        self._layers = [_Layer(each) for each in body.layers]
+        self._sign: Tensor | None = None
+
+    def __call__(self, ids: Tensor, cache: "DynamicCache") -> Tensor:
+        """Logits [1, 1, vocabulary] for ids [1, 1]."""
+        x = self._embed(ids)
+        cos, sin = self._rotary(x, torch.full_like(ids, cache.get_seq_length()))
+        if self._sign is None:  # half of a head's numbers are turned the other way
+            self._sign = torch.cat([-torch.ones_like(sin).chunk(2, -1)[0], torch.ones_like(sin).chunk(2, -1)[0]], -1)
+        sin = sin * self._sign
+        for layer, memory in zip(self._layers, cache.layers, strict=True):
+            x = layer(x, cos, sin, memory)
+        return self._head(self._norm(x))
+
+
+class _Layer:
+    """Attention and feed-forward of one decoder layer for one token."""
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._norm, self._norm_2 = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        self._qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._o, self._o_norm = fused([attention.o_proj]), _norm(getattr(attention, "attn_sub_norm", None))
+        self._gate_up = fused([mlp.gate_proj, mlp.up_proj])
+        self._down, self._down_norm = fused([mlp.down_proj]), _norm(getattr(mlp, "ffn_sub_norm", None))
+        self._activation, self._width = mlp.act_fn, mlp.gate_proj.out_features
+        self._size, self._scaling = attention.head_dim, attention.scaling
+        self._queries = attention.q_proj.out_features // self._size
+        self._keys = attention.k_proj.out_features // self._size
+
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, memory: Any) -> Tensor:
+        x = x + self._o(self._o_norm(self._attended(self._qkv(self._norm(x)), cos, sin, memory)))
+        both = self._gate_up(self._norm_2(x))
+        inner = self._activation(both[..., : self._width]) * both[..., self._width :]
+        return x + self._down(self._down_norm(inner))
+
+    def _attended(self, qkv: Tensor, cos: Tensor, sin: Tensor, memory: Any) -> Tensor:
+        turned = self._queries + self._keys
+        heads = qkv.view(1, turned + self._keys, 1, self._size)
+        turning = heads[:, :turned]
+        turning = turning * cos + turning.roll(self._size // 2, -1) * sin
+        keys, values = memory.update(turning[:, self._queries :], heads[:, turned:])
+        queries = turning[:, : self._queries].view(1, self._keys, -1, self._size)  # those of one key side by side
+        return F.scaled_dot_product_attention(queries, keys, values, scale=self._scaling).view(1, 1, -1)
+
+
+def knows(model: "PreTrainedModel") -> bool:
+    """Whether `OneToken` computes what ``model`` does: its body, its parts and its kind of attention are known ones."""
+    if type(model).__name__ not in BODIES or model.config._attn_implementation != "sdpa":
+        return False
+    body: Any = model.model
+    return all(
+        _has(layer, LAYER) and _has(layer.self_attn, ATTENTION) and _has(layer.mlp, FEED_FORWARD)
+        for layer in body.layers
+    ) and not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def _has(module: nn.Module, children: tuple[set[str], set[str]]) -> bool:
+    needed, possible = children
+    found = {name for name, _ in module.named_children()}
+    return needed <= found <= needed | possible
+
+
+def _norm(module: Any) -> Function:
+    if module is None:
+        return lambda x: x
+    weight, eps = module.weight, module.variance_epsilon
+
+    def norm(x: Tensor) -> Tensor:
+        if (
+            x.dtype != torch.float32 or weight.dtype != torch.float32
+        ):  # rounded between its steps: the module knows where
+            return module(x)
+        if x.device.type != "cpu":
+            return F.rms_norm(x, weight.shape, weight, eps)
+        flat = x.view(-1)  # three operators; rms_norm is a dozen inside, and took a third of the time of a small model
+        return (x * (torch.dot(flat, flat).item() / len(flat) + eps) ** -0.5).mul_(weight)
+
+    return norm
