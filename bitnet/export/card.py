@@ -16,6 +16,7 @@ def model_card(
     code: Sequence[str],
     notes: Sequence[str] = (),
     tags: Sequence[str] = (),
+    library: str | None = "transformers",
     record: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with a YAML header that the Hugging Face hub reads.
@@ -25,11 +26,12 @@ def model_card(
         code: lines of Python that load it.
         notes: what a user has to know before using it, a sentence each.
         tags: of the hub, beside "bitnet".
+        library: what loads the folder, as the hub calls it; None where the hub does not know it.
         record: the run that made the model (`bitnet.report.RunRecord` as a dict).
     """
     record = record or {}
     parts = [
-        _header(["bitnet", *tags]),
+        _header(["bitnet", *tags], library),
         f"# {_title(record)}",
         f"Contents: {contents}.",
         "## Loading",
@@ -55,9 +57,9 @@ def loading_code(prelude: Sequence[str] = ()) -> list[str]:
     ]
 
 
-def _header(tags: list[str]) -> str:
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]", "---"]
-    return "\n".join(lines)
+def _header(tags: list[str], library: str | None) -> str:
+    named = [] if library is None else [f"library_name: {library}"]
+    return "\n".join(["---", *named, "pipeline_tag: text-generation", f"tags: [{', '.join(tags)}]", "---"])
 
 
 def _title(record: Mapping[str, Any]) -> str:

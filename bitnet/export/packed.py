@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
+from bitnet.export.card import model_card
 from bitnet.export.codec import store_activation, store_weight
 from bitnet.export.packed_read import FORMAT, MANIFEST, TENSORS, VERSION, read
 from bitnet.export.parity import (
@@ -46,7 +47,13 @@ from bitnet.quant import QTensor, absmax
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-RESTS = ("exact", "float32", "bfloat16", "int8")
+REST = {  # what everything but the codes is stored in
+    "exact": "in the narrowest dtype that is exact",
+    "float32": "in float32",
+    "bfloat16": "rounded to bfloat16",
+    "int8": "exact but for embeddings and head, which are rounded to int8",
+}
+CODE = ["import bitnet", "", 'loaded = bitnet.load("this folder")', "model, tokenizer = loaded.model, loaded.tokenizer"]
 ROUNDED_REST = 0.25  # share of the logits' spread that rounding embeddings and head may cost before it is a fault
 
 
@@ -70,8 +77,8 @@ class PackedExporter:
     def __post_init__(self) -> None:
         if self.layout not in ("i2", "t5"):
             raise InputError(f"layout must be i2 or t5, got {self.layout!r}")
-        if self.rest not in RESTS:
-            raise InputError(f"rest must be one of {', '.join(RESTS)}, got {self.rest!r}")
+        if self.rest not in REST:
+            raise InputError(f"rest must be one of {', '.join(REST)}, got {self.rest!r}")
 
     @property
     def filename(self) -> str:
@@ -104,6 +111,7 @@ class PackedExporter:
         refuse_problems(self.problems(model), "a packed folder")
         assert isinstance(model, PreTrainedModel)
         refuse_non_finite(model)
+        contents = f"codes and scales of {len(quantized_layers(model))} layers; the rest {REST[self.rest]}"
         with atomic_directory(path) as folder:
             writing = _Writing(model, self)
             checksums = write_tensors(folder / TENSORS, writing.tensors(), header_room(writing.names()))
@@ -120,6 +128,8 @@ class PackedExporter:
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
+            card = model_card(contents, code=CODE, library=None, record=record)
+            (folder / "README.md").write_text(card, encoding="utf-8")
             if (generation := getattr(model, "generation_config", None)) is not None:
                 generation.save_pretrained(folder)
             loaded = read(folder).model
@@ -132,7 +142,7 @@ class PackedExporter:
         return Exported(
             path=Path(path),
             format=f"packed {self.layout}" if layers else "packed",
-            contents=f"codes and scales of {layers} layers; the rest {self.rest}",
+            contents=contents,
             bytes=size,
             layers=layers,
             difference=distance,

@@ -190,6 +190,10 @@ def test_a_rounded_rest_is_told_in_the_difference(tmp_path):
 def test_the_record_of_the_run_is_kept(tmp_path):
     PackedExporter().write(b158(), None, tmp_path / "packed", {"perplexity": 12.5, "command": "python train.py"})
     assert read(tmp_path / "packed").record == {"perplexity": 12.5, "command": "python train.py"}
+    card = (tmp_path / "packed" / "README.md").read_text()
+    assert "| perplexity | 12.500 |" in card
+    assert "bitnet.load" in card
+    assert "library_name" not in card
 
 
 def test_an_activation_of_ones_own_is_refused_before_any_work(tmp_path):
