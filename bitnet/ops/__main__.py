@@ -2,6 +2,7 @@
 
 import torch
 
+from bitnet.ops import cuda
 from bitnet.ops.build import BuildError, library
 from bitnet.ops.cpu import Choice, choice, fault_of
 from bitnet.ops.native import BEST_FIRST, Native
@@ -21,6 +22,8 @@ def main() -> None:
     if native is not None:
         print(f"library     {native.path}")
     print(f"threads     {threads(chosen)}")
+    for device, state in cuda.states():
+        print(f"{device}: {state}")
 
 
 def states(native: Native | None, problem: str, chosen: Choice) -> list[tuple[str, str]]:
