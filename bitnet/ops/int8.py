@@ -19,7 +19,7 @@ def int8_linear(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, l
     columns = x.shape[-1]
     codes = _unpacked.get(packed, (layout, columns), lambda: unpack(packed, layout, columns))
     inputs = ACTIVATIONS[activation](x)
-    y = torch._int_mm(inputs.qdata.reshape(-1, columns), codes.t()).float().reshape(*x.shape[:-1], -1)
+    y = torch._int_mm(inputs.qdata.reshape(-1, columns), codes.t()).float().reshape(*x.shape[:-1], packed.shape[0])
     y *= scale.reshape(-1) * inputs.scale
     if bias is not None:
         y += bias

@@ -1,0 +1,157 @@
+"""The compiled kernels: every tier gives the reference's bits, damage to the cache is mended, and what runs is said."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from bitnet.ops import build, cpu
+from bitnet.ops.native import TIERS, Native
+from bitnet.ops.packed_linear import reference_linear
+from bitnet.quant.packing import pack
+
+HERE = Path(__file__).parent
+CHECK = [str(HERE / "check.cpp"), f"-I{build.SOURCES}", "-std=c++17", "-ffp-contract=off", "-fopenmp"]
+SANITIZE = ["-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+EMULATE = [f'-DBITNET_EMULATE="{HERE / "emulate.h"}"']
+
+
+@pytest.fixture(scope="module")
+def native() -> Native:
+    return Native(build.library())
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("layout", ["i2", "t5", "b1"])
+def test_every_tier_of_this_processor_gives_the_references_bits(native, tier, layout):
+    if tier not in native.tiers:
+        pytest.skip(f"this processor has no {tier}; the emulation below runs it (issue 6)")
+    for rows in (1, 2, 3, 8, 17, 37):
+        for columns, out in ((1, 1), (319, 66), (1285, 35)):
+            codes = torch.randint(0, 2, (out, columns), dtype=torch.int8) * 2 - 1
+            if layout != "b1":
+                codes[torch.rand(out, columns) < 0.4] = 0
+            x = torch.randn(rows, columns, dtype=torch.bfloat16)
+            args = x, pack(codes, layout), torch.rand(out, 1), torch.randn(out), layout, "absmax"
+            assert torch.equal(native(*args, tier=tier), reference_linear(*args))
+
+
+def test_a_tier_that_answers_wrong_is_found_and_not_chosen(native, monkeypatch):
+    class Wrong(Native):
+        def __call__(self, *arguments, **options):
+            y = super().__call__(*arguments, **options)
+            return y + (0.5 if arguments[-1] == self.tiers[0] else 0)
+
+    monkeypatch.setattr(cpu, "Native", Wrong)
+    chosen = cpu.choice.__wrapped__()
+    assert chosen.name == native.tiers[1]
+    assert "wrong results" in chosen.refused[native.tiers[0]]
+
+
+def run(command: list[str], **options) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_tiers_are_exact_and_clean_under_sanitizers_with_what_is_missing_emulated(tmp_path):
+    run(["g++", "-O1", *SANITIZE, *EMULATE, *CHECK, "-o", str(tmp_path / "check")])
+    lines = run([str(tmp_path / "check")]).splitlines()
+    assert [line for line in lines if "0 differences" in line] == [
+        line for line in lines if not line.startswith("neon")
+    ]
+    assert any(line.startswith("amx: ") for line in lines)
+
+
+@pytest.mark.slow
+def test_the_neon_tier_is_exact_under_qemu(tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not compiler or not emulator:
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user (issue 6)")
+    run([compiler, "-O2", "-static", *CHECK, "-o", str(tmp_path / "check")])
+    assert "neon: 207 cases, 0 differences" in run([emulator, "-cpu", "max", str(tmp_path / "check")])
+    assert "neon did not run" in run([emulator, "-cpu", "cortex-a53", str(tmp_path / "check")])  # has no dot product
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path) -> Path:
+    """A compiler that makes its file at once; returns the file of its calls."""
+    calls, fake = tmp_path / "calls", tmp_path / "compiler"
+    script = (
+        f'case "$*" in *--version*) echo 1;; *) echo . >> {calls}; for last; do :; done; echo library > "$last";; esac'
+    )
+    fake.write_text(f"#!/bin/sh\n{script}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    return calls
+
+
+def test_a_library_is_compiled_once_and_again_where_its_file_is_damaged(quick, tmp_path):
+    first = build.library(tmp_path / "cache")
+    assert build.library(tmp_path / "cache") == first
+    assert quick.read_text().count(".") == 1
+    for damage in (b"", b"libr", b"Library\n"):
+        first.write_bytes(damage)
+        assert build.library(tmp_path / "cache").read_bytes() == b"library\n"
+    assert quick.read_text().count(".") == 4
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.name]
+
+
+def test_another_source_or_compiler_gets_a_library_of_its_own(quick, tmp_path, monkeypatch):
+    first = build.library(tmp_path / "cache")
+    shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(build, "SOURCES", tmp_path / "csrc")
+    assert build.library(tmp_path / "cache") == first
+    with (tmp_path / "csrc" / "task.h").open("a") as file:
+        file.write("// changed\n")
+    assert build.library(tmp_path / "cache") != first
+
+
+def test_threads_that_compile_at_once_all_get_a_whole_library(quick, tmp_path):
+    found = list[bytes]()
+    threads = [
+        threading.Thread(target=lambda: found.append(build.library(tmp_path / "cache").read_bytes())) for _ in range(6)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [b"library\n"] * 6
+
+
+def test_a_compiler_without_openmp_makes_a_library_all_the_same(tmp_path, monkeypatch):
+    fake = tmp_path / "compiler"
+    fake.write_text(
+        '#!/bin/sh\ncase "$*" in *fopenmp*) echo no openmp >&2; exit 1;; esac\nfor l; do :; done; echo x > "$l"\n'
+    )
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert build.library(tmp_path / "cache").read_text() == "x\n"
+
+
+@pytest.mark.parametrize("compiler", ["none-such", "false"])
+def test_without_a_working_compiler_the_int8_product_runs_and_a_warning_says_so(compiler, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="packed layers run on int8"):
+        chosen = cpu.choice.__wrapped__()
+    assert chosen.native is None
+    assert compiler in chosen.refused["native"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["", "none-such"])
+def test_the_command_prints_what_runs(compiler, tmp_path):
+    environment = {**os.environ, "CXX": compiler}
+    if compiler:
+        environment["XDG_CACHE_HOME"] = str(tmp_path)
+    out = run([sys.executable, "-W", "ignore", "-m", "bitnet.ops"], env=environment)
+    (chosen,) = [line.split()[1] for line in out.splitlines() if line.startswith("  * ")]
+    assert chosen == (cpu.choice().name if not compiler else "int8")
+    assert "threads" in out
