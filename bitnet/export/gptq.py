@@ -11,7 +11,8 @@ the logits. The runtimes named above compute in 16 bits; `docs/export.md` says w
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -153,8 +154,12 @@ class GPTQExporter:
         }
         head = model.get_output_embeddings()
         dense = [name for name in left_dense(model) if model.get_submodule(name) is not head]
-        if dense:  # a rule for each that a loader must not look for packed tensors there
+        if (
+            dense
+        ):  # a loader must not look for packed tensors there: the first entry is GPTQModel's, the second optimum's
             entry["dynamic"] = {f"-:^{re.escape(name)}$": {} for name in dense}
+            if inside := _same_in_every_block(weights):
+                entry["modules_in_block_to_quantize"] = [inside]
         return entry
 
 
@@ -194,6 +199,18 @@ def _mixture(layers: dict[str, nn.Module]) -> list[str]:
         return []
     said = ", ".join(f"{bits} bits with {'rows' if size is None else f'groups of {size}'}" for bits, size in kinds)
     return [f"one checkpoint has one number of bits and one group size, got {said}: quantize all layers alike"]
+
+
+def _same_in_every_block(names: Iterable[str]) -> list[str] | None:
+    """The names that the quantized layers have inside their block, None where the blocks differ."""
+    blocks = defaultdict[str, list[str]](list)
+    for name in names:
+        found = re.fullmatch(r"(.*?\.\d+)\.(.+)", name)
+        if found is None:
+            return None
+        blocks[found[1]].append(found[2])
+    first, *others = blocks.values()
+    return first if all(each == first for each in others) else None
 
 
 def _codes(layer: nn.Module) -> QTensor:
@@ -238,7 +255,8 @@ def _card(holds: str, entry: Mapping[str, Any], record: Mapping[str, Any] | None
     if entry["checkpoint_format"] == "gptq_v2":
         notes.append("Zero points are stored as they are (`gptq_v2`): a loader must know this format.")
     if "dynamic" in entry:
-        notes.append("Some layers inside the blocks are dense: a loader must know the entry `dynamic`.")
+        known = "`dynamic`" + (" or `modules_in_block_to_quantize`" if "modules_in_block_to_quantize" in entry else "")
+        notes.append(f"Some linears are dense: a loader must know the entry {known} of the config.")
     prelude = ["# pip install gptqmodel optimum; vLLM loads the folder by itself"]
     return model_card(holds, code=loading_code(prelude), notes=notes, tags=["gptq"], record=record)
 

@@ -173,9 +173,19 @@ def test_dense_layers_inside_the_blocks_are_listed(tmp_path):
     path = write(model, tmp_path / "out")
     entry = json.loads((path / "config.json").read_text())["quantization_config"]
     assert list(entry["dynamic"]) == [f"-:^model\\.layers\\.{block}\\.mlp\\.down_proj$" for block in range(2)]
+    attention = [f"self_attn.{which}_proj" for which in "qkvo"]
+    assert entry["modules_in_block_to_quantize"] == [[*attention, "mlp.gate_proj", "mlp.up_proj"]]
     found = read(path).model
     assert layers(found).keys() == layers(model).keys()
     assert torch.equal(found.lm_head.weight, model.lm_head.weight.half().float())
+
+
+def test_blocks_that_differ_are_listed_layer_by_layer(tmp_path):
+    path = write(quantized(exclude=("layers.0.mlp.down_proj",)), tmp_path / "out")
+    entry = json.loads((path / "config.json").read_text())["quantization_config"]
+    assert list(entry["dynamic"]) == ["-:^model\\.layers\\.0\\.mlp\\.down_proj$"]
+    assert "modules_in_block_to_quantize" not in entry
+    assert "must know the entry `dynamic` of the config" in (path / "README.md").read_text()
 
 
 def test_a_tied_head_and_biases_come_back(tmp_path):
