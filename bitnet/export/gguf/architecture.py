@@ -55,6 +55,7 @@ class Architecture:
         tied: whether the head must be the embedding.
         square: whether heads times their size must be the hidden size.
         activation: ``hidden_act``.
+        unscaled: parts of names whose ``.scale`` llama.cpp does not multiply by (in 2026; it loads them and is wrong).
     """
 
     name: str
@@ -65,6 +66,7 @@ class Architecture:
     tied: bool = False
     square: bool = False
     activation: str = "silu"
+    unscaled: tuple[str, ...] = ()
 
     def gguf_name(self, name: str) -> str | None:
         """GGUF's name of the tensor or module that transformers calls ``name``; None where it has no place."""
@@ -79,6 +81,16 @@ class Architecture:
             return None
         known = {**LINEARS, **self.norms}
         return f"blk.{layer}.{known[stem]}{last or ''}" if stem in known else None
+
+    def scale_problem(self, name: str, biased: bool) -> str | None:
+        """Why the scale of the linear ``name`` must not lie beside its codes, None where it may."""
+        if any(part in name for part in self.unscaled):
+            return (
+                f"llama.cpp ignores the tensors .scale of these layers in the architecture {self.name}: set scale=block"
+            )
+        if biased and ".mlp." in name:  # after the bias there, before it in attention
+            return "llama.cpp multiplies the biases of these layers by their .scale, too: set scale=block"
+        return None
 
     def heads(self, name: str, config: Any) -> int | None:
         """The number of heads whose rows are interleaved in the tensor or module ``name``, None where they are not."""
@@ -95,7 +107,7 @@ ARCHITECTURES = {
         Architecture("llama", "llama", NORMS, tuple(LINEARS), permuted=True),
         Architecture("bitnet", "bitnet", NORMS | SUB_NORMS, tied=True, square=True),
         Architecture("bitnet-b1.58", "bitnet", NORMS | SUB_NORMS, tied=True, square=True, activation="relu2"),
-        Architecture("qwen2", "qwen2", NORMS, QKV, square=True),
+        Architecture("qwen2", "qwen2", NORMS, QKV, square=True, unscaled=(".mlp.",)),
         Architecture("qwen3", "qwen3", NORMS | HEAD_NORMS, QKV),
     )
 }
@@ -166,6 +178,11 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
         yield f"attention in a sliding window of {config.sliding_window} is not written: set config.sliding_window=None"
     if architecture.square and _head_size(config) * config.num_attention_heads != config.hidden_size:
         yield f"heads of {_head_size(config)} do not add up to the hidden size, as {architecture.name} expects"
+    if any(each.dtype not in (torch.float32, torch.float64) for each in _rotary_tables(model)):
+        yield (
+            "the table of rotary frequencies was rounded to 16 bits (model.bfloat16() does that), and runtimes "
+            "compute it in float32: load or build the model in that dtype instead"
+        )
     tied = bool(config.tie_word_embeddings)
     for name in model.state_dict():
         if architecture.gguf_name(_parameter(name)) is None:
@@ -179,6 +196,10 @@ def _parameter(name: str) -> str:
     """The parameter that a buffer of a quantized layer stands for."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.weight" if last == "qdata" or last.startswith("weight_") else name
+
+
+def _rotary_tables(model: nn.Module) -> list[Tensor]:
+    return [each for name, each in model.named_buffers() if name.endswith("inv_freq")]
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -231,6 +252,8 @@ def read_config(file: Container) -> tuple[Architecture, dict[str, Any]]:
     layers = file.integer(prefix + "block_count")
     if not 1 <= layers <= len(file.tensors):
         raise InputError(f"{file.path} announces {layers} blocks, and holds {len(file.tensors)} tensors")
+    if architecture.tied and "output.weight" in file.tensors:
+        raise InputError(f"{file.path} holds output.weight, and {name} takes the embedding for the head")
     shapes = _shapes(file)
     heads = file.integer(prefix + "attention.head_count")
     groups = file.integer(prefix + "attention.head_count_kv", heads)

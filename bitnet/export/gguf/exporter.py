@@ -88,7 +88,9 @@ class GGUFExporter:
         reasons: dict[str, list[str]] = defaultdict(list)
         for name, layer in quantized_layers(model).items():
             try:
-                self._type_of(name, layer)
+                kind = self._type_of(name, layer)
+                if self._scale_beside(layer, kind) and (why := architecture.scale_problem(name, _is_biased(layer))):
+                    reasons[why].append(name)
             except InputError as error:
                 reasons[str(error)].append(name)
         found += [f"{_these(names)}: {reason}" for reason, names in reasons.items()]
@@ -145,6 +147,15 @@ class GGUFExporter:
             example = layer.quantizer(torch.zeros(2, layer.in_features))
             return type_for(Grid.of(example, values=False), self.type, self.scale)
         return type_for(weight_of(layer), self.type, self.scale)
+
+    def _scale_beside(self, layer: nn.Module, kind: TensorType) -> bool:
+        """Whether a tensor ``.scale`` goes beside the codes of a layer of that type."""
+        if self.scale == "block" or kind.name == "I2_S":
+            return False
+        if isinstance(layer, BitLinear):
+            return True  # `type_for` let no other granularity pass
+        weight = weight_of(layer)
+        return isinstance(weight, QTensor) and Grid.of(weight).scales == (1, 1)
 
 
 class _Plan:
@@ -217,7 +228,7 @@ class _Plan:
         for name, kind in self.types.items():
             stored = self._name(f"{name}.weight")
             yield Blob(stored, tuple(_shape(self.layers[name])), kind, lambda name=name: self._codes(name))
-            if self._has_scale(name):
+            if self.exporter._scale_beside(self.layers[name], kind):
                 beside = stored.removesuffix("weight") + "scale"
                 yield Blob(beside, (1,), TYPES["F32"], lambda name=name: _bytes(torch.tensor([self.scales[name]])))
 
@@ -235,15 +246,6 @@ class _Plan:
         stored = self.architecture.gguf_name(name)
         assert stored is not None, f"problems() let {name} pass"
         return stored
-
-    def _has_scale(self, name: str) -> bool:
-        layer = self.layers[name]
-        if self.exporter.scale == "block" or self.types[name].name == "I2_S":
-            return False
-        if isinstance(layer, BitLinear):
-            return True  # `type_for` let no other granularity pass
-        weight = weight_of(layer)
-        return isinstance(weight, QTensor) and Grid.of(weight).scales == (1, 1)
 
     def _codes(self, name: str) -> Tensor:
         encoded = encode(_on_cpu(weight_of(self.layers[name])), self.types[name], self.exporter.scale)
@@ -266,6 +268,10 @@ class _Plan:
 
 def _config(model: nn.Module) -> Any:
     return model.config
+
+
+def _is_biased(layer: nn.Module) -> bool:
+    return getattr(layer, "bias", None) is not None
 
 
 def _shape(layer: nn.Module) -> torch.Size:

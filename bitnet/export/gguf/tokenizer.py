@@ -41,6 +41,7 @@ PRE_TOKENIZERS: dict[str, list[dict[str, Any]]] = {
 }
 IGNORES_MERGES = ("llama-bpe",)
 NFC = ("qwen2",)
+NFC_KEY = "bitnet_qat.normalizes_to_nfc"  # where it is missing, as `NFC` says
 OTHER_NAMES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "phi-2": "gpt-2"}
 PROBE = (
     "Hello world's  3 text:\n\n\tdef f(x_1): return x**2 + 1234567  # ok?!\r\n "
@@ -106,6 +107,8 @@ def tokenizer_pairs(tokenizer: "PreTrainedTokenizerBase | None", entries: int) -
         "tokenizer.ggml.add_bos_token": Value("bool", before),
         "tokenizer.ggml.add_eos_token": Value("bool", after),
     }
+    if pairs["tokenizer.ggml.pre"].value in NFC:
+        pairs[NFC_KEY] = Value("bool", bool(stored.get("normalizer")))
     marks = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id}
     if marks["bos"] is None:
         marks["bos"] = marks["eos"]  # else llama.cpp takes token 11
@@ -152,7 +155,7 @@ def _built(file: Container, pre: str) -> "PreTrainedTokenizerFast":
     parts = [_pre_tokenizer(part) for part in PRE_TOKENIZERS[pre]]
     backend.pre_tokenizer = parts[0] if len(parts) == 1 else _sequence(parts)
     backend.decoder = decoders.ByteLevel()
-    if pre in NFC:
+    if file.pairs.get(NFC_KEY, pre in NFC):
         backend.normalizer = normalizers.NFC()
     for number, name in enumerate(names):
         if kinds[number] in (CONTROL, USER_DEFINED):
