@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Completion", "Sampling", "Statistics", "complete", "main", "stream"]
 
-IN_A_RUN = ("packed", "hf", "*.gguf")  # what a run's folder may hold, the quickest first
 ENDED_BY = {"end": "end of text", "stop": "stop text", "length": "--max-new-tokens", "context": "the context is full"}
 
 
@@ -42,25 +41,6 @@ def main(arguments: Sequence[str] | None = None, load: "Callable[[Path], Loaded]
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-
-
-def find_model(path: Path) -> Path:
-    """``path``, or the export in it where it is a run's folder.
-
-    Raises:
-        InputError: no such path, or a folder without a model.
-    """
-    if not path.exists():
-        raise InputError(f"no such file or folder: {path}")
-    if path.is_file() or (path / "bitnet.json").is_file() or (path / "config.json").is_file():
-        return path
-    found = [each for pattern in IN_A_RUN for each in sorted(path.glob(pattern))]
-    if not found:
-        raise InputError(
-            f"{path} holds no model: expected a .gguf file, a folder with bitnet.json or config.json, or a run's "
-            f"folder with {', '.join(IN_A_RUN)} in it (train with export=packed)"
-        )
-    return found[0]
 
 
 @dataclass
@@ -124,11 +104,10 @@ def _run(options: argparse.Namespace, load: "Callable[[Path], Loaded]") -> int:
     if options.system is not None and not options.chat:
         raise InputError("--system is a part of a conversation: add --chat")
     prompt = _read_prompt(options.prompt)
-    path = find_model(options.path)
     if options.threads is not None:
         _use_threads(options.threads)
     began = time.perf_counter()
-    loaded = load(path)
+    loaded = load(options.path)
     speaker = _Speaker(loaded, time.perf_counter() - began, sampling, options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
@@ -173,8 +152,11 @@ def _use_threads(number: int) -> None:
 
 
 def _load(path: Path) -> "Loaded":
-    from bitnet.export import load  # pyright: ignore[reportAttributeAccessIssue]
+    from transformers.utils import logging
 
+    from bitnet.export import load
+
+    logging.disable_progress_bar()
     return load(path)
 
 

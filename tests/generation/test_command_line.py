@@ -11,9 +11,9 @@ import pytest
 from text_models import byte_level, quantized
 from transformers import PreTrainedTokenizerBase
 
-from bitnet.errors import InputError
+from bitnet.export import PackedExporter
 from bitnet.export.reading import Loaded
-from bitnet.generate import Sampling, complete, find_model, main
+from bitnet.generate import Sampling, complete, main
 
 MODEL, TOKENIZER = quantized("bitnet", packed=True, context=400), byte_level()
 TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}assistant:"
@@ -21,7 +21,7 @@ TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}{
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "bitnet.json").write_text("{}")
+    (tmp_path / "weights").write_bytes(b"0" * 10**6)
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def test_standard_output_is_the_text_alone_and_figures_go_to_standard_error(run,
     found = capsys.readouterr()
     assert found.out == complete(MODEL, TOKENIZER, "Die Katze", Sampling(temperature=0, max_new_tokens=12)).text + "\n"
     assert re.fullmatch(
-        r"\[packed, \d+\.\d MB, loaded in \d+\.\d\d s \| prompt: 7 tokens, \d+\.\d tokens/s \| "
+        r"\[packed, 1\.0 MB, loaded in \d+\.\d\d s \| prompt: 7 tokens, \d+\.\d tokens/s \| "
         r"text: 12 tokens, \d+\.\d tokens/s, ended by --max-new-tokens\]\n",
         found.err,
     )
@@ -145,20 +145,18 @@ def test_a_model_without_a_tokenizer_is_refused(run, capsys):
     assert "has no tokenizer" in capsys.readouterr().err
 
 
-def test_the_model_of_a_run_is_found(tmp_path):
-    for name in ("model-TQ2_0.gguf", "hf/config.json", "packed/bitnet.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-        assert find_model(tmp_path) == tmp_path / name.split("/")[0]
-    assert find_model(tmp_path / "hf") == tmp_path / "hf"
-    assert find_model(tmp_path / "model-TQ2_0.gguf") == tmp_path / "model-TQ2_0.gguf"
+def test_what_an_export_wrote_is_read_and_written_on(tmp_path, capsys):
+    PackedExporter().write(MODEL, TOKENIZER, tmp_path / "packed")
+    capsys.readouterr()
+    assert main([str(tmp_path / "packed"), "Die Katze", "--max-new-tokens", "9", "--temperature", "0"]) == 0
+    found = capsys.readouterr()
+    assert found.out == complete(MODEL, TOKENIZER, "Die Katze", Sampling(temperature=0, max_new_tokens=9)).text + "\n"
+    assert found.err.startswith("[packed")
 
 
-def test_a_path_without_a_model_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no such file or folder"):
-        find_model(tmp_path / "missing")
-    with pytest.raises(InputError, match="holds no model"):
-        find_model(tmp_path)
+def test_a_path_without_a_model_is_refused(tmp_path, capsys):
+    assert main([str(tmp_path / "missing"), "a"]) == 1
+    assert capsys.readouterr().err.startswith("error: no model in ")
 
 
 PROGRAM = """
