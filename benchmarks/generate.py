@@ -5,8 +5,8 @@
 
 Forms: float32 and bfloat16 (dense twins), frozen (codes of a byte), packed (2 bits a weight). Each writes at a
 temperature of 0.7 after the same random prompt, by this package's step for one token and by transformers' forward pass;
-forms take turns; printed are medians of all steps of all turns, and the quickest. "outside" is the share of a step that is not the
-model: the draw and the text of the token. "x bf16": against bfloat16 by this package's own step.
+forms take turns; printed are medians of all steps of all turns, and the quickest. "outside" is the share of a step that
+is not the model: the draw and the text of the token. "x bf16": against bfloat16 by this package's own step.
 """
 
 import argparse
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from bitnet.generation import CachedModel, Sampling, stream
 from bitnet.models import Size, from_scratch
 from bitnet.nn import convert, freeze, pack
+from bitnet.nn.digits import round_head
 from bitnet.ops import choice
 
 SIZES = Path(__file__).parents[1] / "conf" / "size"
@@ -82,6 +83,8 @@ def forms_of(body: str, size: Size, vocabulary: int) -> dict[str, PreTrainedMode
     forms["packed"] = copy.deepcopy(forms["frozen"])
     pack(forms["packed"])
     forms["packed, bfloat16 rest"] = copy.deepcopy(forms["packed"]).bfloat16()
+    forms["packed, int8 head"] = copy.deepcopy(forms["packed"])
+    round_head(forms["packed, int8 head"])
     return forms
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from bitnet.errors import InputError
 from bitnet.generation import CachedModel, Completion, Sampling, Statistics, chat_ids, complete, stream
+from bitnet.nn.digits import round_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -84,10 +85,10 @@ class _Speaker:
     def report(self, statistics: Statistics) -> str:
         from bitnet.export.parity import size_of
 
-        path = self.loaded.path
+        path, head = self.loaded.path, ", head rounded to int8" if self.options.head == "int8" else ""
         read = statistics.prompt_tokens - statistics.reused_tokens
         return (
-            f"[{self.loaded.format}, {size_of(path) / 1e6:.1f} MB, loaded in {self.seconds:.2f} s | "
+            f"[{self.loaded.format}{head}, {size_of(path) / 1e6:.1f} MB, loaded in {self.seconds:.2f} s | "
             f"prompt: {read} tokens, {statistics.prefill_tokens_per_second:.1f} tokens/s | "
             f"text: {statistics.new_tokens} tokens, {statistics.tokens_per_second:.1f} tokens/s, "
             f"ended by {ENDED_BY.get(statistics.finish, 'interruption')}]"
@@ -108,6 +109,8 @@ def _run(options: argparse.Namespace, load: "Callable[[Path], Loaded]") -> int:
         _use_threads(options.threads)
     began = time.perf_counter()
     loaded = load(options.path)
+    if options.head == "int8":
+        round_head(loaded.model)
     speaker = _Speaker(loaded, time.perf_counter() - began, sampling, options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
@@ -186,6 +189,7 @@ def _parser() -> argparse.ArgumentParser:
         add(f"--{name.replace('_', '-')}", type=type, default=default, metavar="N", help=f"{what} (default: {default})")
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    add("--head", choices=["stored", "int8"], default="stored", help="int8: round the output head: faster, lossy")
     add("--json", action="store_true", help="write one JSON object with the text and its figures instead of the text")
     add("--quiet", action="store_true", help="no figures on standard error")
     return parser

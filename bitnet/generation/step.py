@@ -105,13 +105,10 @@ def _norm(module: Any) -> Function:
     weight, eps = module.weight, module.variance_epsilon
 
     def norm(x: Tensor) -> Tensor:
-        if (
-            x.dtype != torch.float32 or weight.dtype != torch.float32
-        ):  # rounded between its steps: the module knows where
+        if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
             return module(x)
-        if x.device.type != "cpu":
-            return F.rms_norm(x, weight.shape, weight, eps)
-        flat = x.view(-1)  # three operators; rms_norm is a dozen inside, and took a third of the time of a small model
-        return (x * (torch.dot(flat, flat).item() / len(flat) + eps) ** -0.5).mul_(weight)
+        flat = x.float().view(-1)  # three operators; the module's are six, rms_norm's a dozen
+        scaled = flat * (torch.dot(flat, flat).item() / len(flat) + eps) ** -0.5
+        return (scaled.to(x.dtype) * weight).view(x.shape)  # rounded where the module rounds
 
     return norm

@@ -140,6 +140,14 @@ def test_what_cannot_be_done_is_said_in_one_line(run, capsys, arguments, message
     assert re.fullmatch(f"error: .*{re.escape(message)}.*\n", found.err)
 
 
+def test_a_rounded_head_is_asked_for_and_said(folder, capsys):
+    model = quantized("bitnet", packed=True)
+    load = lambda path: Loaded(model, TOKENIZER, path, "packed")  # noqa: E731
+    assert main([str(folder), "a", "--head", "int8", "--max-new-tokens", "3"], load) == 0
+    assert capsys.readouterr().err.startswith("[packed, head rounded to int8, ")
+    assert type(model.lm_head).__name__ == "DigitLinear"
+
+
 def test_a_model_without_a_tokenizer_is_refused(run, capsys):
     assert run("a", tokenizer=None) == 1
     assert "has no tokenizer" in capsys.readouterr().err
