@@ -37,7 +37,7 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], room: int) 
     Args:
         room: bytes kept for the header; see `header_room`.
     """
-    header: dict[str, object] = {}
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}  # older transformers refuse a file without it
     checksums: dict[str, int] = {}
     position = 0
     room += -room % 8
@@ -63,7 +63,7 @@ def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], room: int) 
 
 def header_room(names: Iterable[str]) -> int:
     """Bytes that the header of tensors of these names takes at most."""
-    return 64 + sum(len(json.dumps(name)) + ENTRY for name in names)
+    return 96 + sum(len(json.dumps(name)) + ENTRY for name in names)
 
 
 class TensorFile:
