@@ -285,7 +285,6 @@ def read_config(file: Container) -> tuple[Architecture, dict[str, Any]]:
         "rms_norm_eps": _as_written(file.number(prefix + "attention.layer_norm_rms_epsilon")),
         "rope_parameters": _rope(file, prefix),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "pad_token_id": None,
         **_marks(file),
         **_biased(architecture, file),
     }
@@ -321,10 +320,10 @@ def _rope(file: Container, prefix: str) -> dict[str, Any]:
     return rope | {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1.0 else rope
 
 
-def _marks(file: Container) -> dict[str, int]:
+def _marks(file: Container) -> dict[str, int | None]:
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
     stored = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in keys.items()}
-    return {ours: file.integer(key) for ours, key in stored.items() if key in file.pairs}
+    return {ours: file.integer(key) if key in file.pairs else None for ours, key in stored.items()}
 
 
 def _as_written(number: float) -> float:

@@ -17,14 +17,14 @@ from bitnet.export.gguf.architecture import Architecture, architecture_of, body_
 from bitnet.export.gguf.container import Blob, Value, write_container
 from bitnet.export.gguf.reader import RECORD
 from bitnet.export.gguf.tokenizer import tokenizer_pairs, tokenizer_problems
-from bitnet.export.gguf.types import DENSE, SIGNS, TYPES, TensorType
+from bitnet.export.gguf.types import DENSE, PIECE, SIGNS, TYPES, TensorType, is_finite
 from bitnet.export.gguf.verify import verify
 from bitnet.export.gguf.weights import Grid, encode, i2_s_tail, type_for
 from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, weight_of
 from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.files import atomic_file
-from bitnet.nn import BitLinear, QuantizedEmbedding
-from bitnet.quant import QTensor, QuantizedWeight
+from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedModule
+from bitnet.quant import PackedTensor, QTensor, QuantizedWeight
 from bitnet.quant.ggml import GGMLWeight, absmax_blocks
 
 if TYPE_CHECKING:
@@ -146,7 +146,8 @@ class GGUFExporter:
         if isinstance(layer, BitLinear):
             example = layer.quantizer(torch.zeros(2, layer.in_features))
             return type_for(Grid.of(example, values=False), self.type, self.scale)
-        return type_for(weight_of(layer), self.type, self.scale)
+        assert isinstance(layer, QuantizedModule)
+        return type_for(layer.weight, self.type, self.scale)
 
     def _scale_beside(self, layer: nn.Module, kind: TensorType) -> bool:
         """Whether a tensor ``.scale`` goes beside the codes of a layer of that type."""
@@ -154,8 +155,9 @@ class GGUFExporter:
             return False
         if isinstance(layer, BitLinear):
             return True  # `type_for` let no other granularity pass
-        weight = weight_of(layer)
-        return isinstance(weight, QTensor) and Grid.of(weight).scales == (1, 1)
+        assert isinstance(layer, QuantizedModule)
+        weight = layer.weight
+        return isinstance(weight, QTensor | PackedTensor) and Grid.of(weight).scales == (1, 1)
 
 
 class _Plan:
@@ -238,7 +240,7 @@ class _Plan:
         if kind.name == "Q8_0":
             return absmax_blocks(tensor.float(), "Q8_0")
         stored = tensor.to(DENSE[kind.name])
-        if not bool(torch.isfinite(stored).all()):
+        if not is_finite(stored):
             raise InputError(f"{name} has values that are too large for {kind.name}: set embeddings or dense to bf16")
         return interleave(stored, self.architecture.heads(name, _config(self.model)))
 
@@ -262,12 +264,15 @@ class _Plan:
         option = self.exporter.embeddings if name.startswith(EDGES) else self.exporter.dense
         if option != "auto":
             return TYPES[option.upper()]
-        values = tensor.detach()
-        return TYPES[next(each for each in NARROWEST if torch.equal(values.to(DENSE[each]).to(values.dtype), values))]
+        return TYPES[next(each for each in NARROWEST if _holds(DENSE[each], tensor.detach()))]
 
 
 def _config(model: nn.Module) -> Any:
     return model.config
+
+
+def _holds(dtype: torch.dtype, values: Tensor) -> bool:
+    return all(torch.equal(part.to(dtype).to(part.dtype), part) for part in values.split(PIECE))
 
 
 def _is_biased(layer: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from bitnet.export.gguf.activations import KEY, read_activation
 from bitnet.export.gguf.architecture import Architecture, deinterleave, read_config
 from bitnet.export.gguf.container import Container
 from bitnet.export.gguf.tokenizer import read_tokenizer
-from bitnet.export.gguf.types import DENSE, SIGNS
+from bitnet.export.gguf.types import DENSE, SIGNS, is_finite
 from bitnet.export.gguf.weights import decode
 from bitnet.export.reading import Loaded
 from bitnet.models.empty import empty_causal_lm
@@ -89,7 +89,7 @@ class GGUFFile:
             value = self.container.bytes(stored).view(DENSE[entry.type.name])
             value = deinterleave(value, self.architecture.heads(name, self.config))
         assert isinstance(value, Tensor)
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise InputError(f"{self.container.path}: {self._stored(name)} holds NaN or infinity: the file is damaged")
         return value
 

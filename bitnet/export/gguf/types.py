@@ -71,6 +71,14 @@ TERNARY = ("TQ2_0", "TQ1_0", "Q2_0", "I2_S")
 SIGNS = ("Q1_0", *TERNARY)
 
 
+PIECE = 4096  # rows of an embedding that are looked at together: no second embedding in memory
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return all(bool(torch.isfinite(part).all()) for part in values.split(PIECE))
+
+
 def tensor_type(name: str) -> TensorType:
     """The type of that name.
 

@@ -53,8 +53,11 @@ class Grid:
     scale: Tensor | None
 
     @classmethod
-    def of(cls, weight: QTensor, *, values: bool = True) -> "Grid":
+    def of(cls, weight: QTensor | PackedTensor, *, values: bool = True) -> "Grid":
         """``values`` False: the codes and scales are an example's, only their shapes count."""
+        if isinstance(weight, PackedTensor):
+            levels = 2 if weight.layout == "b1" else 3
+            return cls(levels, -1, 1, weight.columns, (len(weight.scale), 1), None, weight.scale)
         low, high = -(weight.levels // 2), (weight.levels - 1) // 2
         if weight.levels == 2:
             low, high = -1, 1
@@ -82,9 +85,7 @@ def type_for(weight: QuantizedWeight | Grid, wanted: str, scale: str) -> TensorT
     """
     if isinstance(weight, GGMLWeight):
         return _ready_made(weight, wanted)
-    if isinstance(weight, PackedTensor):
-        weight = weight.unpack()
-    if isinstance(weight, QTensor):
+    if isinstance(weight, QTensor | PackedTensor):
         weight = Grid.of(weight)
     if not isinstance(weight, Grid):
         raise InputError(f"{type(weight).__name__} has no GGUF type: quantize with ptq=kquant for llama.cpp")

@@ -4,8 +4,6 @@ The tolerance of 1e-6 is for models and texts so small that no input lies next t
 `bitnet.export.gguf.reference`); seeds where one does are not chosen.
 """
 
-from importlib.util import find_spec
-
 import pytest
 import torch
 from tokenizers import Regex, pre_tokenizers
@@ -20,10 +18,8 @@ from bitnet.nn import BitLinear, QuantizedLinear
 from bitnet.ptq import KQuant, RoundToNearest, quantize
 from bitnet.quant import absmean_ternary
 
-pytestmark = [
-    pytest.mark.llama_cpp,
-    pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed: pip install it"),
-]
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install llama-cpp-python")
+pytestmark = pytest.mark.llama_cpp
 TEMPLATE = "{% for m in messages %}{{ bos_token }}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
