@@ -12,7 +12,9 @@ DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # the enum of 
 STEPS = {"absmax": 127, "absmax_b1": 128}
 EXACT_COLUMNS = 2**24 // 128  # float32 holds every sum of so many products; beyond, the reference's rounding is its own
 
-FEW_TOKENS = 16  # up to here the dp4a kernels, which read a weight once for 1, 2 or 4 tokens
+# Tokens up to which a kernel is chosen that reads a weight once for a few of them: by instructions, waiting for a GPU
+# that measures it (benchmarks/gpu.py).
+FEW_TOKENS = 64
 CODE_TOKENS = 128  # activations are stored in blocks of so many tokens
 
 Argument = Tensor | int | None
@@ -30,7 +32,7 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """A dp4a kernel: a block computes 16 outputs of ``tokens`` tokens."""
+    """A kernel for few tokens: a block computes 16 outputs of ``tokens`` of them."""
 
     tokens: int
 
@@ -40,7 +42,7 @@ class Few:
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """A tensor-core kernel: a block computes ``outputs`` outputs of ``tokens`` tokens."""
+    """A kernel for many tokens: a block computes ``outputs`` outputs of ``tokens`` tokens."""
 
     outputs: int
     tokens: int
@@ -54,6 +56,9 @@ MULTIPLICATIONS = {
     "multiply_1": Few(1),
     "multiply_2": Few(2),
     "multiply_4": Few(4),
+    "multiply_8": Few(8),
+    "multiply_16": Few(16),
+    "multiply_32": Few(32),
     "multiply_tiles_64x32": Tiles(outputs=64, tokens=32),
     "multiply_tiles_128x64": LARGE,
 }
@@ -98,8 +103,9 @@ def launches(
 
 
 def multiplication(tokens: int, outputs: int, multiprocessors: int) -> str:
-    """The kernel that multiplies: dp4a for few tokens, else the largest tiles that occupy every multiprocessor."""
+    """The kernel that multiplies: for few tokens the one whose blocks they fill, else the largest tiles that occupy
+    every multiprocessor."""
     if tokens <= FEW_TOKENS:
-        return f"multiply_{next(each for each in (1, 2, 4) if each >= min(tokens, 4))}"
+        return f"multiply_{next(each for each in (1, 2, 4, 8, 16, 32) if each >= min(tokens, 32))}"
     across, down = LARGE.grid(tokens, outputs)
     return "multiply_tiles_128x64" if across * down >= multiprocessors else "multiply_tiles_64x32"

@@ -44,6 +44,9 @@ static std::function<void()> kernel_named(const std::string& name, const std::ve
     KERNEL(multiply_1);
     KERNEL(multiply_2);
     KERNEL(multiply_4);
+    KERNEL(multiply_8);
+    KERNEL(multiply_16);
+    KERNEL(multiply_32);
     KERNEL(multiply_tiles_64x32);
     KERNEL(multiply_tiles_128x64);
     emulator::stop("no such kernel");

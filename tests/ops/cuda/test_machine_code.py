@@ -63,6 +63,16 @@ def test_the_kernels_for_few_tokens_read_wide_and_waste_no_instruction(kernels, 
     assert kernel.instructions_a_weight <= {1: 0.7, 2: 1.0, 4: 1.6}[tokens]  # 0.25 for each token are the products
 
 
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+def test_the_kernels_for_a_few_tokens_more_multiply_on_tensor_cores(kernels, tokens):
+    kernel = kernels[f"multiply_{tokens}"]
+    assert kernel.registers <= 80
+    assert set(kernel.loads) == {128}
+    weights = 16 * kernel.loop["IMMA"] * 8 / tokens  # mma takes 512 weights for 32 lanes, again for every 8 tokens
+    assert kernel.loop["IMMA"] > 0
+    assert kernel.loop.total() / weights <= {8: 0.55, 16: 0.7, 32: 1.0}[tokens]
+
+
 @pytest.mark.parametrize(("name", "others"), [("multiply_tiles_64x32", 5), ("multiply_tiles_128x64", 2.5)])
 def test_the_kernels_for_many_tokens_multiply_on_tensor_cores(kernels, name, others):
     kernel = kernels[name]
