@@ -19,7 +19,7 @@ from bitnet.ops.cuda.nvrtc import machine_code
 
 ARCHITECTURES = ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
 PRODUCTS = ("IDP", "IMMA")  # dp4a; int8 tensor cores
-TOKENS = {"multiply_1": 1, "multiply_2": 2, "multiply_4": 4}  # that share the weights a thread has loaded
+TOKENS = {"multiply_1": 1, "multiply_2": 2}  # that share the weights a thread has loaded
 
 Instructions = list[tuple[int, str]]  # (address, text)
 

@@ -2,7 +2,7 @@
 //
 // Two kernels make one layer:
 //   quantize_rows                inputs -> int8 codes, their sum and their scale, one block a token
-//   multiply_1, _2, _4           1, 2 or 4 tokens a block with dp4a, bound by the bytes of the weights
+//   multiply_1, _2               1 or 2 tokens a block with dp4a, bound by the bytes of the weights
 //   multiply_8, _16, _32         8, 16 or 32 with int8 tensor cores (mma.m16n8k32), still bound by those bytes
 //   multiply_tiles_*             tiles of many tokens with tensor cores, bound by these
 // All of these share an epilogue and read the same bytes. No header is included, so that NVRTC needs no toolkit, and
@@ -190,7 +190,7 @@ __device__ __forceinline__ void digits_of(unsigned word, unsigned a[4]) {
 
 // ---- Few tokens: dp4a ------------------------------------------------------------------------------------------
 
-// A block computes 16 outputs of TOKENS tokens (1, 2, 4); its four warps take every fourth tile of columns.
+// A block computes 16 outputs of TOKENS tokens (1, 2); its four warps take every fourth tile of columns.
 // Grid: (panels of 16 rows, groups of TOKENS tokens).
 template <int TOKENS>
 __device__ __forceinline__ void multiply(const uint4* __restrict__ weights, const uint4* __restrict__ codes, int tiles,
@@ -257,12 +257,11 @@ __device__ __forceinline__ void multiply(const uint4* __restrict__ weights, cons
     }
 MULTIPLY(1)
 MULTIPLY(2)
-MULTIPLY(4)
 
 // ---- Few tokens: tensor cores ----------------------------------------------------------------------------------
 
-// A block computes 16 outputs of GROUPS * 8 tokens; its four warps take every fourth tile of columns. Beyond four tokens
-// this takes fewer instructions than dp4a: 0.5 a weight for 8 tokens, where two blocks of multiply_4 take 3.
+// A block computes 16 outputs of GROUPS * 8 tokens; its four warps take every fourth tile of columns. This takes
+// 0.5 instructions a weight for 8 tokens; dp4a takes 0.66 for one, 0.95 for 2, and would take 1.55 for 4.
 // Grid: (panels of 16 rows, groups of GROUPS * 8 tokens).
 template <int GROUPS>
 __device__ __forceinline__ void multiply_groups(const uint4* __restrict__ weights, const uint4* __restrict__ codes,

@@ -55,7 +55,6 @@ LARGE = Tiles(outputs=128, tokens=64)
 MULTIPLICATIONS = {
     "multiply_1": Few(1),
     "multiply_2": Few(2),
-    "multiply_4": Few(4),
     "multiply_8": Few(8),
     "multiply_16": Few(16),
     "multiply_32": Few(32),
@@ -106,6 +105,6 @@ def multiplication(tokens: int, outputs: int, multiprocessors: int) -> str:
     """The kernel that multiplies: for few tokens the one whose blocks they fill, else the largest tiles that occupy
     every multiprocessor."""
     if tokens <= FEW_TOKENS:
-        return f"multiply_{next(each for each in (1, 2, 4, 8, 16, 32) if each >= min(tokens, 32))}"
+        return f"multiply_{next(each for each in (1, 2, 8, 16, 32) if each >= min(tokens, 32))}"
     across, down = LARGE.grid(tokens, outputs)
     return "multiply_tiles_128x64" if across * down >= multiprocessors else "multiply_tiles_64x32"

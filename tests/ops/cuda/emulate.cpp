@@ -43,7 +43,6 @@ static std::function<void()> kernel_named(const std::string& name, const std::ve
     KERNEL(quantize_rows);
     KERNEL(multiply_1);
     KERNEL(multiply_2);
-    KERNEL(multiply_4);
     KERNEL(multiply_8);
     KERNEL(multiply_16);
     KERNEL(multiply_32);

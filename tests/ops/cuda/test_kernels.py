@@ -132,7 +132,7 @@ def test_every_kernel_is_exact_for_every_number_of_tokens(emulator, kernel, toke
     [
         (1, 2560, "multiply_1", (160, 1)),
         (2, 2561, "multiply_2", (161, 1)),
-        (3, 1, "multiply_4", (1, 1)),
+        (3, 1, "multiply_8", (1, 1)),
         (5, 2560, "multiply_8", (160, 1)),
         (16, 16, "multiply_16", (1, 1)),
         (64, 2560, "multiply_32", (160, 2)),

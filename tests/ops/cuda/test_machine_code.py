@@ -54,13 +54,13 @@ def test_no_kernel_spills_and_every_one_fits_its_registers(kernels):
     assert {each.kernel: each.registers for each in kernels.values() if each.registers > 168} == {}
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 4])
+@pytest.mark.parametrize("tokens", [1, 2])
 def test_the_kernels_for_few_tokens_read_wide_and_waste_no_instruction(kernels, tokens):
     kernel = kernels[f"multiply_{tokens}"]
     assert kernel.registers <= 64
     assert set(kernel.loads) == {128}
     assert kernel.loop["IDP"] > 0
-    assert kernel.instructions_a_weight <= {1: 0.7, 2: 1.0, 4: 1.6}[tokens]  # 0.25 for each token are the products
+    assert kernel.instructions_a_weight <= {1: 0.7, 2: 1.0}[tokens]  # 0.25 for each token are the products
 
 
 @pytest.mark.parametrize("tokens", [8, 16, 32])
