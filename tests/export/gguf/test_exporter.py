@@ -404,15 +404,24 @@ def _change_epsilon(path):
     path.write_bytes(data[:at] + np.float32(0.5).tobytes() + data[at + 4 :])
 
 
-@pytest.mark.parametrize("damage", [_flip_a_code, _change_a_norm, _change_a_scale, _cut, _change_epsilon])
-def test_a_file_that_reads_back_differently_fails_and_leaves_nothing(b158, tmp_path, monkeypatch, damage):
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        (_flip_a_code, r"layers\.1\.mlp\.up_proj: the codes or scales read back"),
+        (_change_a_scale, r"layers\.0\.self_attn\.v_proj: the codes or scales read back"),
+        (_change_a_norm, r"layers\.1\.post_attention_layernorm\.weight reads back with other values"),
+        (_cut, "truncated"),
+        (_change_epsilon, "gives other logits"),
+    ],
+)
+def test_a_file_that_reads_back_differently_fails_and_leaves_nothing(b158, tmp_path, monkeypatch, damage, match):
     def write_and_damage(path, *rest):
         write(path, *rest)
         damage(path)
 
     write = exporter.write_container
     monkeypatch.setattr(exporter, "write_container", write_and_damage)
-    with pytest.raises(ExportError):
+    with pytest.raises(ExportError, match=match):
         GGUFExporter(type="TQ2_0").write(b158("llama"), None, tmp_path / "m.gguf")
     assert os.listdir(tmp_path) == []
 
