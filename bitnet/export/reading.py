@@ -5,7 +5,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from bitnet.errors import InputError
+from bitnet.nn import QuantizedLinear, pack
+from bitnet.quant import QTensor
+from bitnet.quant.packed import is_packable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,12 +42,23 @@ def load(path: str | Path) -> Loaded:
     """Read a model of any format: a packed or Hugging Face folder, a GGUF file, or the folder of a run.
 
     Nothing in the files is executed. A run's folder stands for its ``packed`` folder, or for ``hf`` where there is no
-    other.
+    other. Ternary and sign layers come as `PackedLinear`, whatever they were stored as: they run on the kernels.
 
     Raises:
         InputError: nothing of the kind is there, or what is there is damaged.
     """
-    path = Path(path)
+    loaded = _read(Path(path))
+    if any(map(_waits_for_packing, loaded.model.modules())):
+        pack(loaded.model)
+    return loaded
+
+
+def _waits_for_packing(layer: nn.Module) -> bool:
+    weight = layer.weight if isinstance(layer, QuantizedLinear) else None
+    return isinstance(weight, QTensor) and is_packable(weight)
+
+
+def _read(path: Path) -> Loaded:
     if path.is_file():
         if path.suffix == ".gguf" or _starts_with(path, b"GGUF"):
             from bitnet.export.gguf import read as read_gguf
@@ -60,7 +76,7 @@ def load(path: str | Path) -> Loaded:
     if (path / RUN).is_file():
         for name in ("packed", "hf"):
             if (path / name).is_dir():
-                return load(path / name)
+                return _read(path / name)
         raise InputError(f"{path} is the folder of a run that exported nothing: run it again with export=[packed]")
     raise InputError(
         f"no model in {path}: expected a folder with {MANIFEST} (packed), config.json (Hugging Face) or {RUN} (a run), "

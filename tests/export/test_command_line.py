@@ -63,7 +63,9 @@ def test_what_it_writes_is_the_same_model_in_another_format(run_folder, tmp_path
     printed = capsys.readouterr().out
     assert f"{output}: " in printed
     assert "7 layers with equal codes and scales" in printed
-    torch.testing.assert_close(answers(load(output).model), answers(model), rtol=1e-5, atol=1e-5)
+    loaded = load(output).model
+    assert isinstance(loaded.model.layers[0].mlp.up_proj, PackedLinear)  # runs on the kernels, whatever it came from
+    torch.testing.assert_close(answers(loaded), answers(model), rtol=1e-5, atol=1e-5)
     assert load(output).tokenizer.encode("some text") == load(run).tokenizer.encode("some text")
 
 
