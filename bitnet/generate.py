@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 
 from bitnet.errors import InputError
 from bitnet.generation import CachedModel, Completion, Sampling, Statistics, chat_ids, complete, stream
-from bitnet.nn.digits import round_head
+from bitnet.nn import PackedLinear
+from bitnet.nn.digits import DigitLinear, round_head
+from bitnet.ops import choice
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,6 +113,8 @@ def _run(options: argparse.Namespace, load: "Callable[[Path], Loaded]") -> int:
     loaded = load(options.path)
     if options.head == "int8":
         round_head(loaded.model)
+    if any(isinstance(each, PackedLinear | DigitLinear) for each in loaded.model.modules()):
+        choice()  # compiles kernels where none are cached: a part of loading, not of the first token
     speaker = _Speaker(loaded, time.perf_counter() - began, sampling, options)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the text
