@@ -113,6 +113,7 @@ int main() {
           ++cases;
         }
       for (int64_t tokens : {1, 13}) here += differences({tokens, 65536, 3, layout, F32, false, true}, tier, 1), ++cases;
+      here += differences({291, 90, 70, layout, BF16, true, false}, tier, 2), ++cases;
       here += differences({1, 131072, 2, layout, F32, false, true}, tier, 1), ++cases;
     }
     printf("%s: %ld cases, %ld differences\n", NAMES[tier], cases, here);

@@ -19,7 +19,7 @@ static bool has_dot_product() {
 }
 
 struct Neon {
-  template <int M> static constexpr int ROWS = M == 1 ? 1 : 4;
+  static constexpr int ROWS = 4, TOKENS = 4;
 
   // As in avx2.h; f - 128 is not needed, bytes compare unsigned here.
   template <int L> NEON_INLINE uint8x16_t prepare_bytes(uint8x16_t v) {

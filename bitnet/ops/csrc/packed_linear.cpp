@@ -94,23 +94,28 @@ EXPORT int bitnet_packed_linear(
   return DONE;
 }
 
-// The offset of the first byte that no codes pack to, or -1: i2 has no code 3, t5 no byte above 242, and what a row's last
-// byte holds beyond its last column is zero.
-EXPORT int64_t bitnet_damaged_byte(const uint8_t *packed, int64_t rows, int64_t row_bytes, int64_t columns, int layout) {
-  const int planes = layout == I2 ? 4 : layout == T5 ? 5 : 8;
-  const int used = (int)(columns - (row_bytes - 1) * planes);  // columns in the last byte
-  int limit = layout == T5 ? 1 : 1 << (layout == I2 ? 2 * used : used);
-  for (int i = 0; layout == T5 && i < used; ++i) limit *= 3;
-  for (int64_t n = 0; n < rows; ++n) {
-    const uint8_t *row = packed + n * row_bytes;
-    unsigned bad = row[row_bytes - 1] >= limit;
-    for (int64_t j = 0; j < row_bytes; ++j)
-      bad |= layout == I2 ? row[j] & row[j] >> 1 & 0x55u : layout == T5 ? row[j] > 242u : 0u;
-    if (!bad) continue;
-    for (int64_t j = 0; j < row_bytes; ++j) {
-      const bool none = layout == I2 ? row[j] & row[j] >> 1 & 0x55 : layout == T5 && row[j] > 242;
-      if (none || (j == row_bytes - 1 && row[j] >= limit)) return n * row_bytes + j;
-    }
+// Whether a byte of the middle of a row is one that codes pack to: i2 has no code 3, t5 no byte above 242.
+template <int L> INLINE bool is_code(uint8_t byte) {
+  return L == I2 ? !(byte & byte >> 1 & 0x55) : L == T5 ? byte <= 242 : true;
+}
+
+// The offset of the first byte that no codes pack to, or -1. `limit`: what the last byte of a row is below, because it
+// holds zeros beyond the last column.
+template <int L> static int64_t damaged_byte(const uint8_t *packed, int64_t rows, int64_t row_bytes, int limit) {
+  for (int64_t n = 0; n < rows; ++n, packed += row_bytes) {
+    uint8_t bad = packed[row_bytes - 1] >= limit;
+    for (int64_t j = 0; j < row_bytes; ++j) bad |= !is_code<L>(packed[j]);  // without a branch: vectors of them
+    for (int64_t j = 0; bad && j < row_bytes; ++j)
+      if (!is_code<L>(packed[j]) || (j == row_bytes - 1 && packed[j] >= limit)) return n * row_bytes + j;
   }
   return -1;
+}
+
+EXPORT int64_t bitnet_damaged_byte(const uint8_t *packed, int64_t rows, int64_t row_bytes, int64_t columns, int layout) {
+  const int base = layout == I2 ? 4 : layout == T5 ? 3 : 2, planes = layout == I2 ? 4 : layout == T5 ? 5 : 8;
+  int limit = 1;
+  for (int64_t i = (row_bytes - 1) * planes; i < columns; ++i) limit *= base;
+  if (layout == I2) return damaged_byte<I2>(packed, rows, row_bytes, limit);
+  if (layout == T5) return damaged_byte<T5>(packed, rows, row_bytes, limit);
+  return damaged_byte<B1>(packed, rows, row_bytes, limit);
 }

@@ -3,7 +3,7 @@
 #include "rows.h"
 
 struct Scalar {
-  template <int M> static constexpr int ROWS = 1;
+  static constexpr int ROWS = 1, TOKENS = 4;
 
   template <int L> static int code(uint8_t byte, int plane) {
     if (L != T5) return byte >> (BITS<L> * plane) & MASK<L>;

@@ -29,9 +29,8 @@
 enum Layout { I2 = 0, T5 = 1, B1 = 2 };
 enum Type { F32 = 0, BF16 = 1, F16 = 2 };
 
-constexpr int BLOCK = 64;       // weight bytes that one block of inputs stands against
-constexpr int ROWS_AT_ONCE = 64;   // rows of weights that one thread takes at a time
-constexpr int TOKENS_AT_ONCE = 4;  // rows of inputs that share what is decoded of a weight
+constexpr int BLOCK = 64;         // weight bytes that one block of inputs stands against
+constexpr int ROWS_AT_ONCE = 64;  // rows of weights that one thread takes at a time
 
 template <int L> constexpr int PLANES = L == I2 ? 4 : L == T5 ? 5 : 8;
 template <int L> constexpr int BITS = L == I2 ? 2 : 1;                     // of a code; t5 has no whole number of them
