@@ -41,8 +41,8 @@ class Loaded:
 def load(path: str | Path) -> Loaded:
     """Read a model of any format: a packed or Hugging Face folder, a GGUF file, or the folder of a run.
 
-    Nothing in the files is executed. A run's folder stands for its ``packed`` folder, or for ``hf`` where there is no
-    other. Ternary and sign layers come as `PackedLinear`, whatever they were stored as: they run on the kernels.
+    Nothing in the files is executed. A run's folder stands for its ``packed`` folder, or where there is none for a
+    Hugging Face folder or a GGUF file in it. Ternary and sign layers come as `PackedLinear`, whatever they were stored as: they run on the kernels.
 
     Raises:
         InputError: nothing of the kind is there, or what is there is damaged.
@@ -74,9 +74,9 @@ def _read(path: Path) -> Loaded:
 
         return read_hf(path)
     if (path / RUN).is_file():
-        for name in ("packed", "hf"):
-            if (path / name).is_dir():
-                return _read(path / name)
+        for pattern in ("packed", "hf", "hf-*", "gptq", "*.gguf"):
+            for found in sorted(path.glob(pattern)):
+                return _read(found)
         raise InputError(f"{path} is the folder of a run that exported nothing: run it again with export=[packed]")
     raise InputError(
         f"no model in {path}: expected a folder with {MANIFEST} (packed), config.json (Hugging Face) or {RUN} (a run), "
