@@ -24,7 +24,7 @@ activations unquantized makes 0.012, 0.038 and 0.064, leaving out the quantizers
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -121,6 +121,11 @@ class HuggingFaceExporter:
         if self._kind(model) != "latent":
             return []
         found = hf_bitnet.latent_problems(layers)
+        if transposed := _conv1d(model, layers):
+            found.append(
+                f"{transposed[0]} and {len(transposed) - 1} more are Conv1D, transformers quantizes nn.Linear only: "
+                "use weights=dequantized"
+            )
         dtype = DTYPES[self.dtype]
         if any(_loses(layer, dtype) for layer in layers.values()):
             found.append(
@@ -166,7 +171,8 @@ def contents(model: nn.Module) -> str:
     layers = quantized_layers(model)
     if not layers:
         return "dense"
-    return "latent" if all(hf_bitnet.is_b158(layer) for layer in layers.values()) else "dequantized"
+    online = all(hf_bitnet.is_b158(layer) for layer in layers.values()) and not _conv1d(model, layers)
+    return "latent" if online else "dequantized"
 
 
 def stored(model: "PreTrainedModel", kind: str, dtype: torch.dtype) -> tuple[Iterator[tuple[str, Tensor]], int]:
@@ -231,6 +237,12 @@ def _declare(config_file: Path, kind: str, left_dense: list[str]) -> None:
     linear_class, mode = ("autobitlinear", "online") if kind == "latent" else (kind, "offline")
     config["quantization_config"] = hf_bitnet.config_entry(linear_class, mode, left_dense)
     config_file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _conv1d(model: Any, layers: Iterable[str]) -> list[str]:
+    """Those of ``layers`` that transformers builds as ``Conv1D`` (GPT-2)."""
+    plain = plain_body(model)
+    return [name for name in layers if is_conv1d(plain.get_submodule(name))]
 
 
 def _loses(layer: nn.Module, dtype: torch.dtype) -> bool:

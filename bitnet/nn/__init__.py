@@ -1,13 +1,14 @@
 """Layers: trainable (`BitLinear`), frozen (`QuantizedLinear`), packed (`PackedLinear`), and the way to the next one."""
 
 from bitnet.nn.bitlinear import BitLinear, BitLinear158
-from bitnet.nn.convert import bit_linears, convert, freeze, pack
+from bitnet.nn.convert import ConversionPlan, bit_linears, convert, freeze, pack, plan_conversion
 from bitnet.nn.packed_linear import PackedLinear
 from bitnet.nn.quantized_linear import QuantizedEmbedding, QuantizedLinear, QuantizedModule
 
 __all__ = [
     "BitLinear",
     "BitLinear158",
+    "ConversionPlan",
     "PackedLinear",
     "QuantizedEmbedding",
     "QuantizedLinear",
@@ -16,4 +17,5 @@ __all__ = [
     "convert",
     "freeze",
     "pack",
+    "plan_conversion",
 ]
