@@ -4,13 +4,13 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-import bitnet
 from bitnet.errors import InputError
 from bitnet.export.gguf.activations import KEY, activation_entry
 from bitnet.export.gguf.architecture import Architecture, architecture_of, body_problems, interleave, settings
@@ -214,7 +214,7 @@ class _Plan:
             "general.name": Value("str", " ".join(words) or type(self.model).__name__),
             "general.file_type": Value("u32", self._main.file_type),
             "general.quantization_version": Value("u32", 2),
-            "bitnet_qat.version": Value("str", bitnet.__version__),
+            "bitnet_qat.version": Value("str", version("bitnet-qat")),
             KEY: Value("str", json.dumps(activation_entry(self.model))),
             **settings(self.architecture, _config(self.model)),
         }
