@@ -5,16 +5,20 @@ import time
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
 from bitnet.data.tokenizer import TokenizerSpec, read_tokenizer
 from bitnet.experiment.settings import build
+from bitnet.export.doctor import TARGETS, diagnose
+from bitnet.models import diagnose_conversion
 from bitnet.nn import BitLinear, bit_linears
 from bitnet.nn.linears import weight_of
 from bitnet.ptq import PTQMethod, Statistic
 from bitnet.ptq.blocks import find_blocks, linears_of
 
+NOT_CODES = {"dequantized", "auto"}  # options of formats that hold values where there are codes, or choose themselves
 BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
 
 
@@ -30,10 +34,29 @@ def print_estimate(cfg: DictConfig, console: Console) -> None:
     figures = _of_training(model, cfg) if cfg.fit or not cfg.ptq else {}
     if cfg.ptq:
         figures |= _of_quantization(model, cfg)
-    table = Table(title=f"Dry run of {cfg.method}", title_justify="left", show_header=False)
-    for name, value in figures.items():
-        table.add_row(name, value)
+    _print_table(console, f"Dry run of {cfg.method}", figures)
+    if bit_linears(model):
+        report = diagnose_conversion(model, exclude=cfg.model.exclude)
+        _print_table(console, "Conversion", report.rows() | _of_exports(model))
+
+
+def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, escape(value))
     console.print(table)
+
+
+def _of_exports(model: nn.Module) -> dict[str, str]:
+    """Which formats will hold every code as it was trained, and why the others will not."""
+    targets = [target for target in TARGETS if not set(target[1].values()) & NOT_CODES]
+    found = diagnose(model, targets)
+    return {
+        "exports that keep every code": "\n".join(each.command for each in found if not each.problems),
+        "exports that do not fit": "\n".join(
+            f"{each.command}: {'; '.join(each.problems)}" for each in found if each.problems
+        ),
+    }
 
 
 def _of_training(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
