@@ -25,8 +25,8 @@
 //
 //     byte   512*half + 16*(4*token + t) + j   holds column 32t + 16*half + j,   half = 0, 1, j = 0..15
 //
-// Both are stored tile after tile of columns for the first 16 rows (128 tokens), then for the next. The number of panels
-// of 16 rows is a multiple of 8, so that the largest block of the tensor-core kernels reads nothing else.
+// Both are stored tile after tile of columns for the first 16 rows (128 tokens), then for the next. The number of
+// panels of 16 rows is a multiple of 8, so that the largest block of the tensor-core kernels reads nothing else.
 //
 // Digits instead of codes: sum(q * c) = sum(q * code) + sum(q), and sum(q) is known for the token. Padding is free:
 // columns beyond the last have q = 0.
@@ -72,8 +72,9 @@ __device__ __forceinline__ void multiply_accumulate(int sums[4], const unsigned 
 // part of the instructions: as sums of 64 bits they cost registers that the tiles need.
 template <int COPIES, int STRIDE>
 __device__ __forceinline__ void start_copies(uint4* shared, const uint4* global) {
-    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"((unsigned)__cvta_generic_to_shared(shared)),
-                 "l"(global), "n"((COPIES - 1) * STRIDE * 16)
+    const unsigned address = (unsigned)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0 + %2], [%1 + %2], 16;" ::"r"(address), "l"(global),
+                 "n"((COPIES - 1) * STRIDE * 16)
                  : "memory");
     if constexpr (COPIES > 1) start_copies<COPIES - 1, STRIDE>(shared, global);
 }
@@ -190,21 +191,22 @@ __device__ __forceinline__ void digits_of(unsigned word, unsigned a[4]) {
 
 // ---- Few tokens: dp4a ------------------------------------------------------------------------------------------
 
-// A block computes 16 outputs of TOKENS tokens (1, 2); its four warps take every fourth tile of columns.
+// A block computes 16 outputs of TOKENS tokens (1, 2), each warp from its share of the tiles of columns. The host
+// chooses how many warps there are, up to 16: enough loads have to be under way to keep the memory busy.
 // Grid: (panels of 16 rows, groups of TOKENS tokens).
 template <int TOKENS>
 __device__ __forceinline__ void multiply(const uint4* __restrict__ weights, const uint4* __restrict__ codes, int tiles,
                                          const Layer& layer) {
-    const int WARPS = 4;
-    __shared__ int partial[WARPS][TOKENS][16];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    __shared__ int partial[16][TOKENS][16];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const int g = lane / 4, t = lane % 4, last = (warp + 1) * tiles / warps;
     const int first = blockIdx.y * TOKENS;
     const uint4* weight = weights + (size_t)blockIdx.x * tiles * WARP + lane;
     const uint4* code = codes + (size_t)(first / 128) * tiles * 1024 + first % 128 / 8 * 64 + first % 8 * 4 + t;
 
     int sums[TOKENS][2] = {};  // of row g and, times 4, of row g + 8
 #pragma unroll 2
-    for (int tile = warp; tile < tiles; tile += WARPS) {
+    for (int tile = warp * tiles / warps; tile < last; ++tile) {
         const uint4 words = weight[(size_t)tile * WARP];
         uint4 low[TOKENS], high[TOKENS];  // columns 32t .. 32t + 15 and 32t + 16 .. 32t + 31
 #pragma unroll
@@ -242,40 +244,41 @@ __device__ __forceinline__ void multiply(const uint4* __restrict__ weights, cons
     if (threadIdx.x < TOKENS * 16) {
         const int token = threadIdx.x / 16, row = threadIdx.x % 16;
         int sum = 0;
-#pragma unroll
-        for (int each = 0; each < WARPS; ++each) sum += partial[each][token][row];
+        for (int from = 0; from < warps; ++from) sum += partial[from][token][row];
         finish(layer, first + token, blockIdx.x * 16 + row, sum);
     }
 }
 
-// 8 blocks a multiprocessor: at most 64 registers a thread.
-#define MULTIPLY(TOKENS)                                                                                            \
-    extern "C" __global__ void __launch_bounds__(128, 8)                                                            \
-    multiply_##TOKENS(const uint4* __restrict__ weights, const uint4* __restrict__ codes, int tiles, LAYER_PARAMETERS) { \
-        const Layer layer = LAYER;                                                                                  \
-        multiply<TOKENS>(weights, codes, tiles, layer);                                                             \
+// 1024 threads a multiprocessor: at most 64 registers a thread.
+#define MULTIPLY(TOKENS)                                                                                          \
+    extern "C" __global__ void __launch_bounds__(512, 2)                                                          \
+    multiply_##TOKENS(const uint4* __restrict__ weights, const uint4* __restrict__ codes, int tiles,              \
+                      LAYER_PARAMETERS) {                                                                         \
+        const Layer layer = LAYER;                                                                                \
+        multiply<TOKENS>(weights, codes, tiles, layer);                                                           \
     }
 MULTIPLY(1)
 MULTIPLY(2)
 
 // ---- Few tokens: tensor cores ----------------------------------------------------------------------------------
 
-// A block computes 16 outputs of GROUPS * 8 tokens; its four warps take every fourth tile of columns. This takes
-// 0.5 instructions a weight for 8 tokens; dp4a takes 0.66 for one, 0.95 for 2, and would take 1.55 for 4.
+// A block computes 16 outputs of GROUPS * 8 tokens, each of up to MOST warps from its share of the tiles of columns.
+// This takes 0.55 instructions a weight for 8 tokens; dp4a takes 0.67 for one, 1.0 for 2, and would take 1.55 for 4.
 // Grid: (panels of 16 rows, groups of GROUPS * 8 tokens).
-template <int GROUPS>
+template <int GROUPS, int MOST>
 __device__ __forceinline__ void multiply_groups(const uint4* __restrict__ weights, const uint4* __restrict__ codes,
                                                 int tiles, const Layer& layer) {
-    const int WARPS = 4, TOKENS = GROUPS * 8, PITCH = 20;  // four words more keep a warp's stores in different banks
-    __shared__ int partial[WARPS][TOKENS][PITCH];
-    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, g = lane / 4, t = lane % 4;
+    const int TOKENS = GROUPS * 8, PITCH = 20;  // four words more keep a warp's stores in different banks
+    __shared__ int partial[MOST][TOKENS][PITCH];
+    const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+    const int g = lane / 4, t = lane % 4, last = (warp + 1) * tiles / warps;
     const int first = blockIdx.y * GROUPS;
     const uint4* weight = weights + (size_t)blockIdx.x * tiles * WARP + lane;
     const uint4* code = codes + ((size_t)(first / 16) * tiles * 16 + first % 16) * 64 + lane;
 
     int sums[GROUPS][4] = {};
 #pragma unroll(GROUPS < 4 ? 2 : 1)  // more loads at once than registers otherwise
-    for (int tile = warp; tile < tiles; tile += WARPS) {
+    for (int tile = warp * tiles / warps; tile < last; ++tile) {
         const uint4 words = weight[(size_t)tile * WARP];
         unsigned a[4][4];
         digits_of(words.x, a[0]);
@@ -284,7 +287,8 @@ __device__ __forceinline__ void multiply_groups(const uint4* __restrict__ weight
         digits_of(words.w, a[3]);
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) {
-            const uint4 low = code[(size_t)tile * 1024 + group * 64], high = code[(size_t)tile * 1024 + group * 64 + 32];
+            const uint4* both = code + (size_t)tile * 1024 + group * 64;
+            const uint4 low = both[0], high = both[32];
             multiply_accumulate(sums[group], a[0], low.x, low.y);
             multiply_accumulate(sums[group], a[1], low.z, low.w);
             multiply_accumulate(sums[group], a[2], high.x, high.y);
@@ -301,24 +305,23 @@ __device__ __forceinline__ void multiply_groups(const uint4* __restrict__ weight
     }
     __syncthreads();
 #pragma unroll 1
-    for (int each = threadIdx.x; each < TOKENS * 16; each += WARPS * WARP) {
+    for (int each = threadIdx.x; each < TOKENS * 16; each += blockDim.x) {
         const int token = each / 16, row = each % 16;
         int sum = 0;
-#pragma unroll
-        for (int from = 0; from < WARPS; ++from) sum += partial[from][token][row];
+        for (int from = 0; from < warps; ++from) sum += partial[from][token][row];
         finish(layer, first * 8 + token, blockIdx.x * 16 + row, sum);
     }
 }
 
-#define MULTIPLY_GROUPS(NAME, GROUPS, BLOCKS)                                                                       \
-    extern "C" __global__ void __launch_bounds__(128, BLOCKS)                                                       \
-    NAME(const uint4* __restrict__ weights, const uint4* __restrict__ codes, int tiles, LAYER_PARAMETERS) {         \
-        const Layer layer = LAYER;                                                                                  \
-        multiply_groups<GROUPS>(weights, codes, tiles, layer);                                                      \
+#define MULTIPLY_GROUPS(NAME, GROUPS, MOST, BLOCKS)                                                               \
+    extern "C" __global__ void __launch_bounds__(MOST* WARP, BLOCKS)                                              \
+    NAME(const uint4* __restrict__ weights, const uint4* __restrict__ codes, int tiles, LAYER_PARAMETERS) {       \
+        const Layer layer = LAYER;                                                                                \
+        multiply_groups<GROUPS, MOST>(weights, codes, tiles, layer);                                              \
     }
-MULTIPLY_GROUPS(multiply_8, 1, 8)
-MULTIPLY_GROUPS(multiply_16, 2, 8)
-MULTIPLY_GROUPS(multiply_32, 4, 6)
+MULTIPLY_GROUPS(multiply_8, 1, 16, 2)
+MULTIPLY_GROUPS(multiply_16, 2, 16, 2)
+MULTIPLY_GROUPS(multiply_32, 4, 8, 3)
 
 // ---- Many tokens: tensor cores ---------------------------------------------------------------------------------
 
@@ -396,7 +399,7 @@ __device__ __forceinline__ void multiply_tiles(const uint4* __restrict__ weights
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) {
 #pragma unroll
-            for (int each = 0; each < 4; ++each) {  // the fragment: rows g, g, g + 8, g + 8; tokens 2t, 2t + 1, 2t, 2t + 1
+            for (int each = 0; each < 4; ++each) {  // rows g, g, g + 8, g + 8; tokens 2t, 2t + 1, 2t, 2t + 1
                 const int token = (across * GROUPS + group) * 8 + 2 * t + each % 2, upper = each / 2;
                 staged[token * PITCH + down * 16 + g + 8 * upper] = sums[panel][group][each] >> (2 * upper);
             }

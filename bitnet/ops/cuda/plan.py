@@ -15,6 +15,9 @@ EXACT_COLUMNS = 2**24 // 128  # float32 holds every sum of so many products; bey
 # Tokens up to which a kernel is chosen that reads a weight once for a few of them: by instructions, waiting for a GPU
 # that measures it (benchmarks/gpu.py).
 FEW_TOKENS = 64
+# A warp has two loads of 512 bytes under way. A multiprocessor of an H100, which reads 3.35 TB/s some 0.45 microseconds
+# after asking, needs 11.5 KB under way; twice that leaves room for other delays.
+LEAST_WARPS, WARPS_A_MULTIPROCESSOR = 4, 24
 CODE_TOKENS = 128  # activations are stored in blocks of so many tokens
 
 Argument = Tensor | int | None
@@ -32,12 +35,22 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """A kernel for few tokens: a block computes 16 outputs of ``tokens`` of them."""
+    """A kernel for few tokens: a block computes 16 outputs of ``tokens`` of them with up to ``most_warps`` warps."""
 
     tokens: int
+    most_warps: int = 16
 
     def grid(self, tokens: int, outputs: int) -> tuple[int, int]:
         return -(-outputs // ROWS), -(-tokens // self.tokens)
+
+    def threads(self, blocks: int, tiles: int, multiprocessors: int) -> int:
+        """Twice and twice again the least as long as the device has room and every warp two tiles of columns."""
+        warps = LEAST_WARPS
+        while (
+            2 * warps <= min(self.most_warps, tiles // 2) and blocks * warps < multiprocessors * WARPS_A_MULTIPROCESSOR
+        ):
+            warps *= 2
+        return 32 * warps
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +63,9 @@ class Tiles:
     def grid(self, tokens: int, outputs: int) -> tuple[int, int]:
         return -(-tokens // self.tokens), -(-outputs // self.outputs)
 
+    def threads(self, blocks: int, tiles: int, multiprocessors: int) -> int:
+        return 128
+
 
 LARGE = Tiles(outputs=128, tokens=64)
 MULTIPLICATIONS = {
@@ -57,11 +73,11 @@ MULTIPLICATIONS = {
     "multiply_2": Few(2),
     "multiply_8": Few(8),
     "multiply_16": Few(16),
-    "multiply_32": Few(32),
+    "multiply_32": Few(32, most_warps=8),
     "multiply_tiles_64x32": Tiles(outputs=64, tokens=32),
     "multiply_tiles_128x64": LARGE,
 }
-MULTIPLY_THREADS, QUANTIZE_THREADS = 128, 256
+QUANTIZE_THREADS = 256
 
 
 def launches(
@@ -94,10 +110,12 @@ def launches(
     inputs = (x, codes, sums, scales, weight.columns, tiles, dtype, STEPS[activation])
     layer = (sums, scales, scale, bias, y, tokens, outputs, int(scale.shape[0] > 1), bias_dtype, dtype)
     kernel = multiplication(tokens, outputs, multiprocessors) if kernel is None else kernel
-    grid = MULTIPLICATIONS[kernel].grid(tokens, outputs)
+    form = MULTIPLICATIONS[kernel]
+    grid = form.grid(tokens, outputs)
+    threads = form.threads(grid[0] * grid[1], tiles, multiprocessors)
     return [
         Launch("quantize_rows", (tokens, 1), QUANTIZE_THREADS, inputs),
-        Launch(kernel, grid, MULTIPLY_THREADS, (weight.tiles, codes, tiles, *layer)),
+        Launch(kernel, grid, threads, (weight.tiles, codes, tiles, *layer)),
     ]
 
 

@@ -80,7 +80,7 @@ int main() {
         for (int each = 0; each < count; ++each) {
             sizes[each] = next<int64_t>();
             buffers[each] = malloc(sizes[each]);
-            if (fread(buffers[each], 1, sizes[each], stdin) != sizes[each]) emulator::stop("the request ends too early");
+            if (fread(buffers[each], 1, sizes[each], stdin) != sizes[each]) emulator::stop("a buffer ends too early");
         }
         for (int each = 0; each < launches; ++each) {
             std::string name(next(), ' ');

@@ -48,7 +48,7 @@ struct Fiber {
 
 struct Deposit { unsigned words[6]; };  // what a lane gives to a collective
 
-inline std::vector<Fiber> fibers;
+inline std::deque<Fiber> fibers;  // never moves one: their stacks hold addresses
 inline unsigned current;
 inline Index block, block_size, grid_size;
 inline void* scheduler[5];
@@ -60,7 +60,7 @@ inline std::vector<Deposit> deposits[2];
     exit(3);
 }
 
-// Fibers live as long as the program, one for every thread of a block, and switch by jumps: swapcontext is a system call.
+// Fibers live as long as the program, one for every thread of a block, and switch by jumps: swapcontext is slow.
 // Both functions are left out of AddressSanitizer, which takes the jump for the end of a stack.
 #define SWITCHES __attribute__((noinline, no_sanitize("address")))
 
@@ -88,13 +88,13 @@ SWITCHES inline void enter(ucontext_t* first) {
 
 // Runs the current fiber up to its next pause.
 inline void go_on() {
-    Fiber& fiber = fibers[current];
-    if (!fiber.stack.empty()) return enter(nullptr);
-    fiber.stack.resize(256 << 10);
+    if (!fibers[current].stack.empty()) return enter(nullptr);
     ucontext_t context;
     getcontext(&context);
-    context.uc_stack.ss_sp = fiber.stack.data();
-    context.uc_stack.ss_size = fiber.stack.size();
+    std::vector<char>& stack = fibers[current].stack;
+    stack.resize(256 << 10);
+    context.uc_stack.ss_sp = stack.data();
+    context.uc_stack.ss_size = stack.size();
     makecontext(&context, entry, 0);
     enter(&context);
 }

@@ -1,5 +1,7 @@
 """The CUDA kernels, executed on the CPU by the emulator, answer like the reference, bit for bit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -125,6 +127,27 @@ def test_signs_are_ternary_codes_too(emulator):
 def test_every_kernel_is_exact_for_every_number_of_tokens(emulator, kernel, tokens):
     x, weight = inputs(tokens, 140, torch.float16), ternary(150, 140)
     assert equal(answer(emulator, x, weight, kernel=kernel), expected(x, weight))
+
+
+@pytest.mark.parametrize("warps", [4, 8, 16])
+@pytest.mark.parametrize("kernel", [name for name in MULTIPLICATIONS if "tiles" not in name])
+def test_every_number_of_warps_is_exact(emulator, kernel, warps):
+    warps = min(warps, MULTIPLICATIONS[kernel].most_warps)
+    x, weight = inputs(3, 128 * 16 * 2 + 5, torch.bfloat16), ternary(20, 128 * 16 * 2 + 5)
+    y = torch.empty(3, 20, dtype=torch.bfloat16)
+    quantize, multiply = launches(x, prepack(weight.qdata), weight.scale, None, y, "absmax", 1, kernel)
+    emulator.run([quantize, replace(multiply, threads=32 * warps)])
+    assert equal(y, expected(x, weight))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "columns", "warps"),
+    [(13824, 2560, 4), (6912, 2560, 8), (2560, 2560, 8), (2560, 6912, 16), (2560, 128, 4)],
+)
+def test_blocks_have_more_warps_where_there_are_few(outputs, columns, warps):
+    form = MULTIPLICATIONS["multiply_1"]
+    blocks, _ = form.grid(1, outputs)
+    assert form.threads(blocks, columns // 128, multiprocessors=132) == 32 * warps
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_the_kernels_for_a_few_tokens_more_multiply_on_tensor_cores(kernels, tok
     assert set(kernel.loads) == {128}
     weights = 16 * kernel.loop["IMMA"] * 8 / tokens  # mma takes 512 weights for 32 lanes, again for every 8 tokens
     assert kernel.loop["IMMA"] > 0
-    assert kernel.loop.total() / weights <= {8: 0.55, 16: 0.7, 32: 1.0}[tokens]
+    assert kernel.loop.total() / weights <= {8: 0.6, 16: 0.7, 32: 1.0}[tokens]
 
 
 @pytest.mark.parametrize(("name", "others"), [("multiply_tiles_64x32", 5), ("multiply_tiles_128x64", 2.5)])
