@@ -122,7 +122,6 @@ class GPTQExporter:
             (folder / "README.md").write_text(_card(holds, entry, record), encoding="utf-8")
             layers, distance = _check(folder, body, dtype)
             size = size_of(folder)
-        print(f"GPTQ checkpoint in {path}: {holds}")
         form = f"{entry['checkpoint_format']} {entry['bits']} bits"
         return Exported(path=Path(path), format=form, contents=holds, bytes=size, layers=layers, difference=distance)
 

@@ -140,7 +140,7 @@ class HuggingFaceExporter:
         path: str | Path,
         record: Mapping[str, Any] | None = None,
     ) -> Exported:
-        """Write the folder ``path``, print a line saying what it holds. See `bitnet.export.Exporter`.
+        """Write the folder ``path``. See `bitnet.export.Exporter`.
 
         Beside the model there is one layer in memory while writing and comparing; transformers itself, which loads the
         folder at the end, needs memory for the whole model.
@@ -159,20 +159,22 @@ class HuggingFaceExporter:
             (folder / "README.md").write_text(card, encoding="utf-8")
             checked = check(folder, written, kind, DTYPES[self.dtype])
             size = size_of(folder)
-        print(f"Hugging Face checkpoint in {path}: {holds}")
         return Exported(path=Path(path), format=f"hf {kind}", contents=holds, bytes=size, **checked)
 
-    def _kind(self, model: nn.Module) -> str:
+    def _kind(self, model: "PreTrainedModel") -> str:
         return contents(model) if self.weights == "auto" else self.weights
 
 
-def contents(model: nn.Module) -> str:
-    """Return what ``weights=auto`` makes of ``model``: dense, latent or dequantized."""
+def contents(model: "PreTrainedModel") -> str:
+    """Return what ``weights=auto`` makes of ``model``: dense, latent, bitlinear (frozen) or dequantized."""
     layers = quantized_layers(model)
     if not layers:
         return "dense"
-    online = all(hf_bitnet.is_b158(layer) for layer in layers.values()) and not _conv1d(model, layers)
-    return "latent" if online else "dequantized"
+    if all(hf_bitnet.is_b158(layer) for layer in layers.values()) and not _conv1d(model, layers):
+        return "latent"
+    frozen = not any(isinstance(layer, BitLinear) for layer in layers.values())
+    fits = frozen and not hf_bitnet.packed_problems(layers, plain_body(model), "bitlinear")
+    return "bitlinear" if fits else "dequantized"
 
 
 def stored(model: "PreTrainedModel", kind: str, dtype: torch.dtype) -> tuple[Iterator[tuple[str, Tensor]], int]:

@@ -42,7 +42,8 @@ def load(path: str | Path) -> Loaded:
     """Read a model of any format: a packed or Hugging Face folder, a GGUF file, or the folder of a run.
 
     Nothing in the files is executed. A run's folder stands for its ``packed`` folder, or where there is none for a
-    Hugging Face folder or a GGUF file in it. Ternary and sign layers come as `PackedLinear`, whatever they were stored as: they run on the kernels.
+    Hugging Face folder or a GGUF file in it. Ternary and sign layers come as `PackedLinear`, whatever they were stored
+    as: they run on the kernels.
 
     Raises:
         InputError: nothing of the kind is there, or what is there is damaged.

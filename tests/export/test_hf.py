@@ -159,12 +159,12 @@ OTHERS = {
 
 
 @pytest.mark.parametrize("make", OTHERS.values(), ids=OTHERS.keys())
-def test_what_transformers_cannot_compute_is_written_as_exact_values_and_said_so(tmp_path, load, capsys, make):
+def test_what_transformers_cannot_compute_is_written_as_exact_values_and_said_so(tmp_path, load, make):
     model = tiny()
     convert(model, make)
-    directory = write(model, tmp_path / "out")
-    said, card = capsys.readouterr().out, (directory / "README.md").read_text()
-    assert "activations are not quantized here" in said
+    written = HuggingFaceExporter().write(model, None, tmp_path / "out")
+    directory, card = written.path, (written.path / "README.md").read_text()
+    assert "activations are not quantized here" in written.contents
     assert "activations are not quantized here" in card
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
     loaded = load(directory)
@@ -172,12 +172,18 @@ def test_what_transformers_cannot_compute_is_written_as_exact_values_and_said_so
         assert torch.equal(loaded.get_submodule(name).weight, layer.quantized_weight().dequantize())
 
 
-def test_a_frozen_model_is_written_as_the_values_of_its_codes(tmp_path, load):
+def test_a_frozen_model_is_written_as_packed_codes_by_itself(tmp_path):
+    model = b158()
+    freeze(model)
+    assert contents(model) == "bitlinear"
+    assert HuggingFaceExporter().write(model, None, tmp_path / "out").format == "hf bitlinear"
+
+
+def test_a_frozen_model_can_be_written_as_the_values_of_its_codes(tmp_path, load):
     model = b158()
     expected = {name: layer.quantized_weight().dequantize() for name, layer in bit_linears(model)}
     freeze(model)
-    assert contents(model) == "dequantized"
-    loaded = load(write(model, tmp_path / "out"))
+    loaded = load(HuggingFaceExporter(weights="dequantized").write(model, None, tmp_path / "out").path)
     for name, weight in expected.items():
         assert torch.equal(loaded.get_submodule(name).weight, weight)
 

@@ -129,12 +129,7 @@ class GGUFExporter:
             write_container(partial, pairs, list(plan.blobs()))
             figures = verify(partial, model, tokenizer, plan.stored_dense, self.scale)
             size = partial.stat().st_size
-        exported = Exported(path=path, format=plan.format, contents=plan.contents, bytes=size, **figures)
-        runtime = (
-            "" if exported.runtime is None else f"; {exported.runtime} differs by {exported.runtime_difference:.1e}"
-        )
-        print(f"GGUF file {path}: {exported.contents}, {size:,} bytes{runtime}")
-        return exported
+        return Exported(path=path, format=plan.format, contents=plan.contents, bytes=size, **figures)
 
     def _type_of(self, name: str, layer: nn.Module) -> TensorType:
         """The type of a quantized layer. Raises InputError where it has none."""
