@@ -146,9 +146,9 @@ class HuggingFaceExporter:
         folder at the end, needs memory for the whole model.
         """
         refuse_problems(self.problems(model), f"a Hugging Face folder (weights={self.weights})")
+        written: Any = model  # problems() has seen that it is transformers'
         refuse_non_finite(model)
-        kind = self._kind(model)
-        written: Any = model
+        kind = self._kind(written)
         with atomic_directory(path) as folder:
             write_tensors(folder / "model.safetensors", *stored(written, kind, DTYPES[self.dtype]))
             _write_config(written, kind, self.dtype, folder)
