@@ -38,13 +38,14 @@ TQ2_0, GGML_BLOCK, GGML_BLOCK_BYTES = 35, 256, 66
 READ = r"""
 #include <stdint.h>
 #include <stddef.h>
+// Four places at once, as processors fetch fastest: one alone gives half the bandwidth.
 uint64_t read_all(const uint64_t *p, size_t n, int threads) {
   uint64_t all = 0;
+  size_t part = n / 4 / 8 * 8;
 #pragma omp parallel for num_threads(threads) reduction(^ : all)
-  for (size_t i = 0; i < n / 64; ++i) {
-    for (int line = 0; line < 64; line += 8) __builtin_prefetch(p + 64 * i + 512 + line);  // 4 KiB ahead: faster
-    for (int j = 0; j < 64; ++j) all ^= p[64 * i + j];
-  }
+  for (size_t i = 0; i < part; i += 8)
+    for (int place = 0; place < 4; ++place)
+      for (int j = 0; j < 8; ++j) all ^= p[place * part + i + j];
   return all;
 }
 """

@@ -135,7 +135,8 @@ struct Amx {
   }
 
   AMX_FN void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InTiles>(s, t, m); }
-  AMX_FN void share(const Task &t, int64_t from, int64_t count) {
+  AMX_FN void share(const Task &t, int64_t share) {
+    const int64_t from = share * ROWS_AT_ONCE, left = t.rows - from, count = left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE;
     if (t.layout == I2) share_in<I2>(t, from, count);
     else if (t.layout == T5) share_in<T5>(t, from, count);
     else share_in<B1>(t, from, count);

@@ -7,11 +7,10 @@
 #define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) static inline
 
 struct Avx2 {
-  // One row at a time. With one token the weights stream from memory, and one row after the other is read fastest: 85 % of
-  // the bandwidth of plain reading, where two rows at once reach 60 % and four 50 % (AMD Zen 3; PREFETCH, in bytes, from 1024
-  // to 8192). With more, inputs are operands in memory: 89 billion products a second, with two rows 80.
-  static constexpr int ROWS = 1, TOKENS = 4;
-  static constexpr int PREFETCH = 4096;
+  // With many tokens one row at a time: inputs are then operands in memory, and need no instruction of their own (89 billion
+  // products a second on an AMD Zen 3, with two rows 80). PREFETCH, in bytes, is for one token; measured from 0 to 8192.
+  static constexpr int ROWS = 1, TOKENS = 4, STREAMS = 2;
+  static constexpr int PREFETCH = 1024;
 
   // Blocks whose products int16 holds: a lane takes two planes' pairs a block and plane, each at most 2 * LARGEST * 127.
   template <int L> static constexpr int BLOCKS_IN_16_BITS = 32767 / (2 * PLANES<L> * 2 * LARGEST<L> * 127);
@@ -130,26 +129,26 @@ struct Avx2 {
   }
 
   template <int L, int R, int M>
-  AVX2_FN void tile(const Task &t, int64_t n, int64_t m, int32_t *dots, int64_t step) {
+  AVX2_FN void tile(const Task &t, Rows rows, int64_t m, Sums sums) {
     const RowEnd end = row_end(t);
     const int8_t *x = t.inputs + m * t.input_step;
     const uint8_t *w[R];
     __m256i acc[R][M];
     for (int r = 0; r < R; ++r) {
-      w[r] = t.packed + (n + r) * t.row_bytes;
+      w[r] = t.packed + (rows.first + r * rows.gap) * t.row_bytes;
       for (int k = 0; k < M; ++k) acc[r][k] = _mm256_setzero_si256();
     }
     add_blocks<L, R, M>(acc, w, x, t.input_step, end.whole);
     if (end.left) {
       uint8_t copies[R][BLOCK];
-      for (int r = 0; r < R; ++r) w[r] = last_block(t, n + r, end, copies[r]);
+      for (int r = 0; r < R; ++r) w[r] = last_block(t, rows.first + r * rows.gap, end, copies[r]);
       add_blocks<L, R, M>(acc, w, x + end.whole * BLOCK * PLANES<L>, t.input_step, 1);
     }
     for (int r = 0; r < R; ++r)
-      for (int k = 0; k < M; ++k) dots[k * step + r] = sum_of(acc[r][k]);
+      for (int k = 0; k < M; ++k) sums.to[k * sums.token_step + r * sums.row_step] = sum_of(acc[r][k]);
   }
 
   AVX2_FN void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   AVX2_FN void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
-  AVX2_FN void share(const Task &t, int64_t from, int64_t count) { share_of<Avx2>(t, from, count); }
+  AVX2_FN void share(const Task &t, int64_t share) { share_of<Avx2>(t, share); }
 };

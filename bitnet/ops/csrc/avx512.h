@@ -13,8 +13,8 @@
 
 struct Avx512 {
   // Eight sums at once hide the latency of vpdpbusd, and its inputs come from memory without an instruction of their own.
-  static constexpr int ROWS = 1, TOKENS = 8;
-  static constexpr int PREFETCH = 4096;  // bytes
+  static constexpr int ROWS = 1, TOKENS = 8, STREAMS = 2;
+  static constexpr int PREFETCH = 1024;  // bytes
 
   AVX512_INLINE __m512i load(const void *from) { return _mm512_loadu_si512(from); }
 
@@ -95,26 +95,26 @@ struct Avx512 {
   }
 
   template <int L, int R, int M>
-  AVX512_FN void tile(const Task &t, int64_t n, int64_t m, int32_t *dots, int64_t step) {
+  AVX512_FN void tile(const Task &t, Rows rows, int64_t m, Sums sums) {
     const RowEnd end = row_end(t);
     const int8_t *x = t.inputs + m * t.input_step;
     const uint8_t *w[R];
     __m512i acc[R][M];
     for (int r = 0; r < R; ++r) {
-      w[r] = t.packed + (n + r) * t.row_bytes;
+      w[r] = t.packed + (rows.first + r * rows.gap) * t.row_bytes;
       for (int k = 0; k < M; ++k) acc[r][k] = _mm512_setzero_si512();
     }
     add_blocks<L, R, M>(acc, w, x, t.input_step, end.whole);
     if (end.left) {
       uint8_t copies[R][BLOCK];
-      for (int r = 0; r < R; ++r) w[r] = last_block(t, n + r, end, copies[r]);
+      for (int r = 0; r < R; ++r) w[r] = last_block(t, rows.first + r * rows.gap, end, copies[r]);
       add_blocks<L, R, M>(acc, w, x + end.whole * BLOCK * PLANES<L>, t.input_step, 1);
     }
     for (int r = 0; r < R; ++r)
-      for (int k = 0; k < M; ++k) dots[k * step + r] = _mm512_reduce_add_epi32(acc[r][k]);
+      for (int k = 0; k < M; ++k) sums.to[k * sums.token_step + r * sums.row_step] = _mm512_reduce_add_epi32(acc[r][k]);
   }
 
   AVX512_FN void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   AVX512_FN void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
-  AVX512_FN void share(const Task &t, int64_t from, int64_t count) { share_of<Avx512>(t, from, count); }
+  AVX512_FN void share(const Task &t, int64_t share) { share_of<Avx512>(t, share); }
 };

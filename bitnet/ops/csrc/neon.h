@@ -19,7 +19,7 @@ static bool has_dot_product() {
 }
 
 struct Neon {
-  static constexpr int ROWS = 4, TOKENS = 4;
+  static constexpr int ROWS = 4, TOKENS = 4, STREAMS = 4;
 
   // As in avx2.h; f - 128 is not needed, bytes compare unsigned here.
   template <int L> NEON_INLINE uint8x16_t prepare_bytes(uint8x16_t v) {
@@ -71,26 +71,26 @@ struct Neon {
   }
 
   template <int L, int R, int M>
-  NEON_FN void tile(const Task &t, int64_t n, int64_t m, int32_t *dots, int64_t step) {
+  NEON_FN void tile(const Task &t, Rows rows, int64_t m, Sums sums) {
     const RowEnd end = row_end(t);
     const int8_t *x = t.inputs + m * t.input_step;
     const uint8_t *w[R];
     int32x4_t acc[R][M];
     for (int r = 0; r < R; ++r) {
-      w[r] = t.packed + (n + r) * t.row_bytes;
+      w[r] = t.packed + (rows.first + r * rows.gap) * t.row_bytes;
       for (int k = 0; k < M; ++k) acc[r][k] = vdupq_n_s32(0);
     }
     add<L, R, M>(acc, w, x, t.input_step, end.whole);
     if (end.left) {
       uint8_t copies[R][BLOCK];
-      for (int r = 0; r < R; ++r) w[r] = last_block(t, n + r, end, copies[r]);
+      for (int r = 0; r < R; ++r) w[r] = last_block(t, rows.first + r * rows.gap, end, copies[r]);
       add<L, R, M>(acc, w, x + end.whole * BLOCK * PLANES<L>, t.input_step, 1);
     }
     for (int r = 0; r < R; ++r)
-      for (int k = 0; k < M; ++k) dots[k * step + r] = vaddvq_s32(acc[r][k]);
+      for (int k = 0; k < M; ++k) sums.to[k * sums.token_step + r * sums.row_step] = vaddvq_s32(acc[r][k]);
   }
 
   NEON_FN void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   NEON_FN void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
-  NEON_FN void share(const Task &t, int64_t from, int64_t count) { share_of<Neon>(t, from, count); }
+  NEON_FN void share(const Task &t, int64_t share) { share_of<Neon>(t, share); }
 };

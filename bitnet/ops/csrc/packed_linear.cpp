@@ -47,17 +47,14 @@ EXPORT int bitnet_is_parallel() {
 
 template <class Tier>
 static void run(const Source &source, const Task &t, int threads) {
-  const int64_t shares = (t.rows + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  const int64_t shares = shares_of(t);
   (void)threads;  // without OpenMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #pragma omp for
     for (int64_t m = 0; m < t.tokens; ++m) Tier::quantize_input(source, t, m);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t s = 0; s < shares; ++s) {
-      const int64_t from = s * ROWS_AT_ONCE, left = t.rows - from;
-      Tier::share(t, from, left < ROWS_AT_ONCE ? left : ROWS_AT_ONCE);
-    }
+    for (int64_t share = 0; share < shares; ++share) Tier::share(t, share);
   }
 }
 
