@@ -16,13 +16,15 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
+import torch
+
 from bitnet.files import atomic_file
 from bitnet.ops.build import BuildError, default_folder
 
 SOURCE = Path(__file__).with_name("packed_linear.cu")
 OPTIONS = ("--std=c++17",)  # divisions and denormal numbers are IEEE's without an option
 OLDEST = 80  # bfloat16, asynchronous copies and mma.m16n8k32 of int8 begin with sm_80
-MAJORS = (13, 12)  # of CUDA, whose library is looked for
+MAJORS = (13, 12)  # of CUDA, whose library is looked for where torch is built for none
 
 
 def machine_code(capability: tuple[int, int], folder: Path | None = None) -> bytes:
@@ -89,7 +91,8 @@ def library() -> ctypes.CDLL:
     Raises:
         BuildError: there is none.
     """
-    for major in MAJORS:
+    majors = MAJORS if torch.version.cuda is None else (int(torch.version.cuda.split(".")[0]),)  # as the driver is
+    for major in majors:
         for folder in wheel_folders():
             path = folder / f"libnvrtc.so.{major}"
             if path.exists():
@@ -100,7 +103,7 @@ def library() -> ctypes.CDLL:
             return ctypes.CDLL(f"libnvrtc.so.{major}")
         except OSError:
             continue
-    names = " and ".join(f"libnvrtc.so.{major}" for major in MAJORS)
+    names = " and ".join(f"libnvrtc.so.{major}" for major in majors)
     raise BuildError(
         f"no NVRTC: looked for {names} (every CUDA build of torch brings it; pip install nvidia-cuda-nvrtc)"
     )

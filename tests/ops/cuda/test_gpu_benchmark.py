@@ -17,6 +17,7 @@ def benchmark():
     return module
 
 
+@pytest.mark.filterwarnings("ignore:packed layers run on int8")  # without a C++ compiler
 def test_the_rehearsal_checks_bits_and_times(benchmark, monkeypatch):
     monkeypatch.delitem(benchmark.CHECKS, "torch.compile(fullgraph=True)")  # 9 seconds
     lines, passed = benchmark.report(torch.device("cpu"), rehearse=True)

@@ -6,7 +6,7 @@ import pytest
 
 from bitnet.ops.build import BuildError
 from bitnet.ops.cuda.census import ARCHITECTURES, Census, census, disassembler, innermost_loops, instructions_of
-from bitnet.ops.cuda.nvrtc import library, machine_code
+from bitnet.ops.cuda.nvrtc import architecture_for, library, machine_code, supported_architectures
 from bitnet.ops.cuda.plan import MULTIPLICATIONS
 
 LISTING = """
@@ -33,8 +33,8 @@ def test_the_loop_of_a_listing_is_found():
 def found(capability: tuple[int, int]) -> dict[str, Census] | str:
     """The kernels by name, or why there are none here."""
     try:
-        library()
         disassembler()
+        architecture_for(capability, supported_architectures(library()))
     except BuildError as error:
         return str(error)
     return census(machine_code(capability))
