@@ -30,6 +30,7 @@ from bitnet.quant import (
 from bitnet.quant.packed import is_packable
 
 QUANTIZERS = {"absmax": absmax, "absmax_b1": absmax_b1, "zero_point": zero_point}  # of inputs, by name
+ODD_CODES = "o2"  # layout of -3, -1, +1, +3
 HOMES = ("bitnet.quant.", "bitnet.ptq.")  # modules whose dataclasses may be named
 
 
@@ -128,6 +129,8 @@ def restore_activation(entry: Mapping[str, Any] | None, tensors: Mapping[str, Te
 def _store_codes(weight: QTensor, layout: str) -> Stored:
     """A `QTensor` with its codes and zero points packed."""
     form = {2: "b1", 3: layout}.get(weight.levels, f"u{max(2, (weight.levels - 1).bit_length())}")
+    if weight.odd:
+        form = ODD_CODES
     tensors = {"codes": pack(weight.qdata, form), "scale": weight.scale}
     if weight.zero_point is not None:
         tensors["zero_point"] = pack(weight.zero_point, form)
@@ -145,11 +148,12 @@ def _restore_codes(plain: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Q
     qdata, zero = unpack(tensors["codes"], plain["layout"], columns), None
     if "zero_point" in tensors:
         zero = unpack(tensors["zero_point"], plain["layout"], groups)
-    low, high = (-1, 1) if levels == 2 else (-(levels // 2), (levels - 1) // 2)
+    odd = plain["layout"] == ODD_CODES  # the layout holds no others: they need no check
+    low, high = (1 - levels, levels - 1) if levels == 2 or odd else (-(levels // 2), (levels - 1) // 2)
     for codes in (qdata, zero):
         if codes is not None and codes.numel() and not low <= int(codes.min()) <= int(codes.max()) <= high:
             raise InputError(f"codes of {levels} levels lie between {low} and {high}: the file is damaged")
-    return QTensor(qdata, tensors["scale"], levels, zero, size)
+    return QTensor(qdata, tensors["scale"], levels, zero, size, odd)
 
 
 def _name(kind: type) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bitnet.errors import InputError
 from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedModule
-from bitnet.quant import PackedTensor, QTensor, absmax, absmean_ternary
+from bitnet.quant import LearnedScale, PackedTensor, QTensor, absmax, absmean_ternary
 from bitnet.quant.packed import is_packable
 
 ROWS_A_BYTE = 4
@@ -135,7 +135,8 @@ def _latent_reason(layer: nn.Module) -> str | None:
             "or weights=autobitlinear"
         )
     probe = _probe(layer.in_features)
-    if not _same(layer.quantizer(probe), absmean_ternary(probe)):
+    learned = isinstance(layer.quantizer, LearnedScale)  # which fits its own weight alone
+    if learned or not _same(layer.quantizer(probe), absmean_ternary(probe)):
         return "its weight is not quantized as in b1.58 (one absmean scale a matrix): use weights=dequantized"
     if not _same(layer.activation(probe), absmax(probe)):
         return f"its inputs are not quantized as in b1.58 (int8 absmax a token): {WITHOUT_INPUTS}"
@@ -150,8 +151,7 @@ def _packed_reasons(layer: nn.Module, plain: nn.Module, linear_class: str) -> li
         return [f"it is a {type(plain).__name__}, transformers packs nn.Linear only: use weights=dequantized"]
     assert isinstance(layer, BitLinear | QuantizedModule)
     reasons = list[str]()
-    probe = _probe(plain.in_features)
-    weight = layer.quantizer(probe) if isinstance(layer, BitLinear) else layer.weight
+    weight = layer.quantized_weight() if isinstance(layer, BitLinear) else layer.weight
     if isinstance(weight, PackedTensor):
         ternary, scales = weight.layout != "b1", weight.scale.numel()
     elif isinstance(weight, QTensor) and is_packable(weight):
@@ -173,6 +173,7 @@ def _packed_reasons(layer: nn.Module, plain: nn.Module, linear_class: str) -> li
     elif bias is not None and linear_class == "autobitlinear":
         reasons.append("autobitlinear would multiply its bias by the scale: use weights=bitlinear")
     activation: Any = layer.activation
+    probe = _probe(plain.in_features)
     if activation is None or not _same(activation(probe), absmax(probe)):
         reasons.append(f"its inputs are not quantized as in b1.58 (int8 absmax a token): {WITHOUT_INPUTS}")
     return reasons

@@ -10,18 +10,37 @@ constants, nothing masked):
 Both directions are one autograd function, for two reasons. The value is *exactly* what the frozen layer computes, since
 both call `bitnet.ops.quantized_linear` on the same codes. And what is kept for the backward pass are the codes, one
 byte a value, not dequantized floats.
+
+A quantizer whose scale is learned (`bitnet.quant.LSQ`, `bitnet.quant.SEQ`) changes the last gradient alone: dW is then
+what `bitnet.quant.learned_gradients` makes of it, and the scale has one, too.
+
+While its quantization is warmed up (`BitLinear.blend`) a layer is neither dense nor quantized: it computes with values.
+
+    forward     y = (x + b (Q(x) - x)) (W + a (Q(W) - W))^T + bias        a, b from 0 to 1
 """
 
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
 from bitnet.nn.quantized_linear import QuantizedLinear, result_dtype
 from bitnet.ops import quantized_linear
-from bitnet.quant import QTensor, Quantizer, absmax, absmax_b1, absmean_ternary, centred_sign
+from bitnet.quant import (
+    LearnedRule,
+    LearnedScale,
+    QTensor,
+    Quantizer,
+    absmax,
+    absmax_b1,
+    absmean_ternary,
+    centred_sign,
+    fake_quantize,
+    learned_gradients,
+)
 
 
 class BitLinear(nn.Linear):
@@ -30,7 +49,8 @@ class BitLinear(nn.Linear):
     Args:
         in_features, out_features: as in `torch.nn.Linear`.
         bias: BitNet's linears have none, so the default is False.
-        quantizer: float weight [out, in] -> codes and scale. Default: `centred_sign`.
+        quantizer: float weight [out, in] -> codes and scale, or the rule of a learned scale (`LSQ`, `SEQ`), which then
+            is a parameter of the layer, ``quantizer.scale``. Default: `centred_sign`.
         activation: input [*rows, in] -> codes and scale. Default: `absmax_b1`.
         device, dtype: of the latent weight; train it in float32 (in bfloat16 most updates are rounded away).
 
@@ -46,20 +66,29 @@ class BitLinear(nn.Linear):
         out_features: int,
         bias: bool = False,
         *,
-        quantizer: Quantizer | None = None,
+        quantizer: Quantizer | LearnedRule | None = None,
         activation: Quantizer | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.quantizer = self.default_quantizer if quantizer is None else quantizer
+        self.quantizer = self._quantizer_for(self.weight, quantizer)
         self.activation = self.default_activation if activation is None else activation
+        self.register_buffer("blending", None, persistent=False)  # float32 [2], see `blend`; None: quantized
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, *, quantizer: Quantizer | None = None, activation: Quantizer | None = None
+        cls,
+        linear: nn.Linear,
+        *,
+        quantizer: Quantizer | LearnedRule | None = None,
+        activation: Quantizer | None = None,
     ) -> Self:
-        """The same layer with quantizers: weight and bias are the parameters of ``linear``, shared, not copied."""
+        """The same layer with quantizers: weight and bias are the parameters of ``linear``, shared, not copied.
+
+        A learned scale begins with what its rule makes of that weight.
+        """
+        quantizer = cls._quantizer_for(linear.weight, quantizer)
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -72,8 +101,46 @@ class BitLinear(nn.Linear):
         return layer.train(linear.training)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
+        if self.blending is not None:
+            return self._blended(input)
+        quantizer, scale = self.quantizer, None
+        if isinstance(quantizer, LearnedScale):
+            quantizer, scale = quantizer.rule, quantizer.scale
         dtype = result_dtype(input)
-        return _BitLinearFunction.apply(input, self.weight, self.bias, self.quantizer, self.activation, dtype)
+        return _BitLinearFunction.apply(input, self.weight, self.bias, scale, quantizer, self.activation, dtype)
+
+    def blend(self, weight: float, input: float) -> None:
+        """Quantize in part from now on: ``value + share * (quantized - value)``, until both shares are 1.
+
+        At 0 the layer is the dense one; at 1 it is, bit for bit, the layer that never was blended. Gradients pass
+        straight through as always. The shares are in no checkpoint: they are a function of the step
+        (`bitnet.training.QuantizationWarmup`). A change of them does not compile a compiled layer again, their coming
+        and going does.
+
+        Raises:
+            InputError: a share outside 0 ... 1.
+        """
+        for name, share in (("weight", weight), ("input", input)):
+            if not 0 <= share <= 1:
+                raise InputError(f"the quantized share of the {name} must lie between 0 and 1, got {share}")
+        if weight == input == 1:
+            self.blending = None
+            return
+        if self.blending is None:
+            self.blending = torch.empty(2, dtype=torch.float32, device=self.weight.device)
+        self.blending[0], self.blending[1] = weight, input
+
+    def _blended(self, x: Tensor) -> Tensor:
+        """The layer during a warm-up, in float32 (under autocast, and for its result, in the layer's usual dtype)."""
+        assert self.blending is not None
+        if isinstance(self.quantizer, LearnedScale):
+            hard = _LearnedValues.apply(self.weight, self.quantizer.scale, self.quantizer.rule)
+        else:
+            hard = fake_quantize(self.weight.float(), self.quantizer)
+        weight = torch.lerp(self.weight.float(), hard, self.blending[0])
+        values = torch.lerp(x.float(), fake_quantize(x.float(), self.activation), self.blending[1])
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(values, weight, bias).to(result_dtype(x))
 
     @torch.no_grad()
     def quantized_weight(self) -> QTensor:
@@ -85,8 +152,14 @@ class BitLinear(nn.Linear):
         """The layer without its latent weight: bit for bit the same answers.
 
         Raises:
-            InputError: the weight has a NaN or an infinity.
+            InputError: the weight has a NaN or an infinity, or the warm-up of its quantization has not ended.
         """
+        if self.blending is not None:
+            weight, input = self.blending.tolist()
+            raise InputError(
+                f"the quantization is still being warmed up (share of the weights {weight:.3g}, of the inputs "
+                f"{input:.3g}), so the codes are not yet what the layer computes with: train to the end of the warm-up"
+            )
         if not torch.isfinite(self.weight).all():
             raise InputError(
                 "the weight has values that are not finite, so it has no codes: the training diverged; "
@@ -94,6 +167,12 @@ class BitLinear(nn.Linear):
             )
         bias: Tensor | None = self.bias
         return QuantizedLinear(self.quantized_weight(), bias if bias is None else bias.clone(), self.activation)
+
+    @classmethod
+    def _quantizer_for(cls, weight: Tensor, quantizer: Quantizer | LearnedRule | None) -> Quantizer:
+        if quantizer is None:
+            return cls.default_quantizer
+        return quantizer.for_weight(weight) if isinstance(quantizer, LearnedRule) else quantizer
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, quantizer={name_of(self.quantizer)}, activation={name_of(self.activation)}"
@@ -118,32 +197,58 @@ class _BitLinearFunction(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        quantizer: Quantizer,
+        scale: Tensor | None,
+        quantizer: Quantizer | LearnedRule,
         activation: Quantizer,
         dtype: torch.dtype,
     ) -> Tensor:
-        xq, wq = activation(x), quantizer(weight)
-        ctx.save_for_backward(*_tensors(xq), *_tensors(wq))
+        xq = activation(x)
+        wq = quantizer(weight) if scale is None else quantizer.quantize(weight, scale)  # pyright: ignore
+        latent = None if scale is None else weight  # a learned scale's gradient asks where the weight was clipped
+        ctx.save_for_backward(*_tensors(xq), *_tensors(wq), latent)
         ctx.grids = (xq.levels, xq.group_size), (wq.levels, wq.group_size)
         ctx.dtypes = x.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.rule = None if scale is None else quantizer
         return quantized_linear(xq, wq, bias, dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         x_dtype, weight_dtype, bias_dtype = ctx.dtypes
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_x, needs_weight, needs_bias, needs_scale = ctx.needs_input_grad[:4]
         grad, dtype = grad_outputs[0], _gradient_dtype(grad_outputs[0])
         grad = grad.to(dtype)
-        grad_x = grad_weight = grad_bias = None
+        wq = _restore(saved[3:6], ctx.grids[1])
+        grad_x = grad_weight = grad_bias = grad_scale = None
         if needs_x:
-            grad_x = (grad @ _restore(saved[3:], ctx.grids[1]).dequantize(dtype)).to(x_dtype)
-        if needs_weight:
+            grad_x = (grad @ wq.dequantize(dtype)).to(x_dtype)
+        if needs_weight or needs_scale:
             x = _restore(saved[:3], ctx.grids[0]).dequantize(dtype)
-            grad_weight = (_rows(grad).t() @ _rows(x)).to(weight_dtype)
+            grad_weight = _rows(grad).t() @ _rows(x)
+            if ctx.rule is not None:
+                grad_weight, grad_scale = learned_gradients(ctx.rule, saved[6], wq, grad_weight)
+            grad_weight = grad_weight.to(weight_dtype)
         if needs_bias and bias_dtype is not None:
             grad_bias = _rows(grad).sum(0, dtype=torch.float32).to(bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None
+        return grad_x, grad_weight, grad_bias, grad_scale, None, None, None
+
+
+class _LearnedValues(torch.autograd.Function):
+    """Values of a weight at a learned scale, with the gradients of `learned_gradients`."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, rule: LearnedRule) -> Tensor:
+        q = rule.quantize(weight, scale)
+        ctx.save_for_backward(weight, *_tensors(q))
+        ctx.rule, ctx.grid = rule, (q.levels, q.group_size)
+        return q.dequantize()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor, None]:
+        weight, *tensors = ctx.saved_tensors
+        q = _restore((tensors[0], tensors[1], tensors[2]), ctx.grid)
+        grad_weight, grad_scale = learned_gradients(ctx.rule, weight, q, grad_outputs[0])
+        return grad_weight.to(weight.dtype), grad_scale, None
 
 
 def _gradient_dtype(grad: Tensor) -> torch.dtype:

@@ -66,5 +66,6 @@ def integer_product_is_exact(x: QTensor, weight: QTensor) -> bool:
     """Whether no scale sits inside the sum, no zero point shifts it, and float32 holds every partial sum."""
     one_scale_a_row = weight.group_size is None and x.group_size is None and x.scale.shape[-1] == 1
     no_shift = weight.zero_point is None and x.zero_point is None
-    largest = x.qdata.shape[-1] * 128 * max(weight.levels // 2, 1)
+    code = weight.levels - 1 if weight.odd else max(weight.levels // 2, 1)
+    largest = x.qdata.shape[-1] * 128 * code
     return one_scale_a_row and no_shift and largest <= EXACT_SUM

@@ -2,8 +2,10 @@
 
 from bitnet.quant.absmax import absmax, absmax_b1
 from bitnet.quant.absmean import absmean_ternary
+from bitnet.quant.grid import Grid
 from bitnet.quant.grouping import Granularity
 from bitnet.quant.histogram import Histogram
+from bitnet.quant.learned import LSQ, SEQ, LearnedRule, LearnedScale, learned_gradients
 from bitnet.quant.packed import PackedTensor
 from bitnet.quant.packing import pack, packed_bits, unpack
 from bitnet.quant.sign import centred_sign
@@ -13,9 +15,14 @@ from bitnet.quant.types import QTensor, QuantizedWeight, Quantizer
 from bitnet.quant.zero_point import zero_point
 
 __all__ = [
+    "LSQ",
+    "SEQ",
     "FixedRange",
     "Granularity",
+    "Grid",
     "Histogram",
+    "LearnedRule",
+    "LearnedScale",
     "PackedTensor",
     "QTensor",
     "QuantizedWeight",
@@ -26,6 +33,7 @@ __all__ = [
     "absmean_ternary",
     "centred_sign",
     "fake_quantize",
+    "learned_gradients",
     "pack",
     "packed_bits",
     "straight_through",

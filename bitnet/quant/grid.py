@@ -117,3 +117,7 @@ class Grid:
     def quantize(self, weight: Float[Tensor, "out in"], importance: Float[Tensor, " in"] | None = None) -> QTensor:
         """Fit the grid and round to it."""
         return self.round(weight, *self.fit(weight, importance))
+
+    def __call__(self, weight: Float[Tensor, "out in"]) -> QTensor:
+        """`quantize` as a `Quantizer`, for training: the grid is fitted anew in every forward pass."""
+        return self.quantize(weight.detach())

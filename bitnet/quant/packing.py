@@ -1,4 +1,4 @@
-"""Codes in as few bytes as they need: ``i2``, ``t5``, ``b1``, and ``u2`` to ``u8``.
+"""Codes in as few bytes as they need: ``i2``, ``t5``, ``b1``, ``o2``, and ``u2`` to ``u8``.
 
 Every layout packs each row by itself, column by column in order, and fills the row's last byte up with zeros.
 Packing is a re-ordering of the same codes: ``unpack(pack(codes)) == codes`` for every shape, and a byte that no code
@@ -9,6 +9,7 @@ can produce is refused when read.
     i2   2.0 bits a weight   byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6         c = t + 1, never 3
     t5   1.6 bits a weight   byte j = c[5j] + 3 c[5j+1] + 9 c[5j+2] + 27 c[5j+3] + 81 c[5j+4]    c = t + 1, byte <= 242
     b1   1.0 bit a weight    byte j = b[8j] | b[8j+1] << 1 | ... | b[8j+7] << 7                  b = 1 for +1, 0 for -1
+    o2   2.0 bits a weight   byte j = c[4j] | c[4j+1] << 2 | c[4j+2] << 4 | c[4j+3] << 6         c = (t + 3) / 2
     uN   N bits a weight     bits N k to N k + N - 1 of a row, the lowest first, hold code k + 2^(N-1)      N = 2 to 8
 """
 
@@ -42,7 +43,8 @@ class Layout:
 I2 = Layout("i2", codes=(-1, 0, 1), base=4, per_byte=4)
 T5 = Layout("t5", codes=(-1, 0, 1), base=3, per_byte=5)
 B1 = Layout("b1", codes=(-1, 1), base=2, per_byte=8)
-LAYOUTS = {layout.name: layout for layout in (I2, T5, B1)}
+O2 = Layout("o2", codes=(-3, -1, 1, 3), base=4, per_byte=4)
+LAYOUTS = {layout.name: layout for layout in (I2, T5, B1)}  # those that kernels read
 PIECE = 1 << 22  # codes converted at a time
 INTEGERS = {f"u{bits}": bits for bits in range(2, 9)}  # layout -> bits a code
 
@@ -146,9 +148,10 @@ def _by_rows(convert: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def _layout(name: str) -> Layout:
-    if name not in LAYOUTS:
-        raise InputError(f"layout must be one of {', '.join([*LAYOUTS, *INTEGERS])}, got {name!r}")
-    return LAYOUTS[name]
+    layouts = {**LAYOUTS, O2.name: O2}
+    if name not in layouts:
+        raise InputError(f"layout must be one of {', '.join([*layouts, *INTEGERS])}, got {name!r}")
+    return layouts[name]
 
 
 def _place_values(form: Layout) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitnet.errors import InputError
 from bitnet.quant.histogram import Histogram
+from bitnet.quant.rounding import stored
 
 SHARES = 100  # ranges that `least_error` compares: 1 % to 100 % of the full one
 FINER = (0.75, 0.5, 0.25, -0.25, -0.5, -0.75)  # and then these many percent more
@@ -59,7 +60,7 @@ class Codes:
         span = (high.float() - low.float()).clamp(min=1e-5)
         dtype = self.scale_dtype
         smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-        scale = (span / torch.full_like(span, self.levels - 1)).to(dtype).clamp(min=smallest)
+        scale = stored(span / torch.full_like(span, self.levels - 1), dtype).clamp(min=smallest)
         if self.symmetric:
             return scale, None
         zero = ((-low.float() / scale.float()).round() + self.low).clamp(self.low, self.high)

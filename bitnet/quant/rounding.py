@@ -30,3 +30,22 @@ def round_to_codes(
     if zero_point is not None:
         codes += zero_point
     return codes.clamp_(low, high).to(torch.int8)
+
+
+def stored(scale: Float[Tensor, "*sets"], dtype: torch.dtype) -> Float[Tensor, "*sets"]:
+    """``scale`` rounded to the dtype it is stored in.
+
+    Through an operator that is opaque to compilers where it is narrower: torch 2.13 on a CPU fuses a conversion to
+    float16 and back into nothing, and codes would be those of a scale that no file holds.
+    """
+    return scale if scale.dtype == dtype else _converted(scale, dtype)
+
+
+@torch.library.custom_op("bitnet::converted", mutates_args=())
+def _converted(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype)
+
+
+@_converted.register_fake
+def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.new_empty(x.shape, dtype=dtype)

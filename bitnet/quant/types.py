@@ -50,6 +50,8 @@ class QTensor:
         zero_point: the code that stands for 0.0, int8, in the shape of ``scale``; None where it is code 0. It is one of
             the codes (the range always includes 0.0), so it is stored in as many bits.
         group_size: columns that share a scale; None for the whole row.
+        odd: the codes are the odd numbers from -(levels - 1) to levels - 1, so that ``scale`` is half a step: how four
+            levels lie around 0.0 without one on it (-3, -1, +1, +3). Signs are odd by nature and need not say so.
     """
 
     qdata: Int8[Tensor, "*rows cols"]
@@ -57,6 +59,7 @@ class QTensor:
     levels: int
     zero_point: Int8[Tensor, "*scale_rows groups"] | None = None
     group_size: int | None = None
+    odd: bool = False
 
     @property
     def shape(self) -> torch.Size:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitnet import BitLinear, BitLinear158
-from bitnet.quant import absmean_ternary, zero_point
+from bitnet.quant import LSQ, SEQ, Grid, absmean_ternary, zero_point
 
 LAYERS = [
     BitLinear,
@@ -18,6 +18,9 @@ LAYERS = [
     partial(BitLinear158, quantizer=partial(absmean_ternary, granularity="row")),
     partial(BitLinear158, quantizer=partial(absmean_ternary, granularity=20)),
     partial(BitLinear158, activation=zero_point),
+    partial(BitLinear158, quantizer=SEQ(2)),
+    partial(BitLinear158, quantizer=LSQ(4, 20)),
+    partial(BitLinear158, quantizer=Grid(4, symmetric=True, granularity=20)),
 ]
 
 
@@ -39,10 +42,26 @@ def check(layer_class: Callable[..., BitLinear], dtype: torch.dtype) -> None:
     torch.testing.assert_close(gradient, layer.weight.grad, **tolerance)
 
 
+def check_warm_up() -> None:
+    """A share that changes compiles nothing anew, and the end of the warm-up gives the layer that never had one."""
+    torch._dynamo.reset()
+    layer, x = BitLinear158(96, 40, quantizer=LSQ(4)), torch.randn(3, 7, 96)
+    eager, graphs = layer(x), list[int]()
+    layer.blend(0.25, 0.0)
+    compiled = torch.compile(layer, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+    for share in (0.25, 0.5, 0.75):
+        layer.blend(share, share / 2)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert len(graphs) == 1, "a share compiled the layer again"
+    layer.blend(1, 1)
+    assert torch.equal(compiled(x), eager), "the end of the warm-up differs"
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     torch.set_num_threads(1)
     for layer_class in LAYERS:
         check(layer_class, torch.float32)
     check(BitLinear158, torch.bfloat16)
+    check_warm_up()
     print("compiled equals eager")

@@ -5,7 +5,9 @@ import torch
 from torch import nn
 from toy_training import ToyLanguageModel
 
+from bitnet import BitLinear158
 from bitnet.errors import InputError
+from bitnet.quant import LSQ
 from bitnet.training import adamw
 
 
@@ -37,6 +39,23 @@ def test_a_frozen_parameter_is_left_out():
     model.up.weight.requires_grad_(False)
     optimizer = adamw(model, lr=1e-3, weight_decay=0.1)
     assert not any(p is model.up.weight for group in optimizer.param_groups for p in group["params"])
+
+
+def test_learned_scales_do_not_decay_and_have_a_learning_rate_of_their_own():
+    model = ToyLanguageModel()
+    model.up = BitLinear158.from_linear(model.up, quantizer=LSQ(4))
+    optimizer = adamw(model, lr=1e-3, weight_decay=0.1, scale_lr=0.25)
+    found = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    settings = {name: found[id(p)] for name, p in model.named_parameters()}
+    assert settings["up.quantizer.scale"] == (0.25e-3, 0.0)
+    assert settings["up.weight"] == (1e-3, 0.1)
+    assert settings["norm.weight"] == (1e-3, 0.0)
+
+
+@pytest.mark.parametrize("factor", [0, -1.0, float("inf")])
+def test_a_learning_rate_of_scales_that_is_not_positive_is_refused(factor):
+    with pytest.raises(InputError, match="scale_lr must be a positive number"):
+        adamw(ToyLanguageModel(), lr=1e-3, weight_decay=0.1, scale_lr=factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

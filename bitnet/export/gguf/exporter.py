@@ -139,8 +139,7 @@ class GGUFExporter:
                 raise InputError("an embedding has no place for these scales: leave it dense and set embeddings=q8_0")
             return type_for(weight, "auto", self.scale)
         if isinstance(layer, BitLinear):
-            example = layer.quantizer(torch.zeros(2, layer.in_features))
-            return type_for(Grid.of(example, values=False), self.type, self.scale)
+            return type_for(Grid.of(layer.quantized_weight(), values=False), self.type, self.scale)
         assert isinstance(layer, QuantizedModule)
         return type_for(layer.weight, self.type, self.scale)
 
