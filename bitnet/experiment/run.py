@@ -17,7 +17,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from bitnet.data.datamodule import TextDataModule
-from bitnet.data.tokenizer import check_vocabulary
+from bitnet.data.tokenizer import check_vocabulary, read_tokenizer
 from bitnet.errors import InputError
 from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started, refuse_exports
 from bitnet.experiment.estimate import print_estimate
@@ -37,7 +37,7 @@ from bitnet.files import atomic_file
 from bitnet.nn import bit_linears, freeze
 from bitnet.report import RunRecord, close_loggers, make_loggers, results_markdown, results_table, terminal
 from bitnet.report import training_curves as draw_curves
-from bitnet.training import AtomicCheckpointIO, LanguageModelingModule
+from bitnet.training import AtomicCheckpointIO, Distillation, LanguageModelingModule
 
 
 def run(cfg: DictConfig) -> list[RunRecord]:
@@ -160,7 +160,12 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
 def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module) -> Fit:
     model.train()  # one from a folder comes in evaluation mode, its dropout switched off
     module = LanguageModelingModule(
-        model, build(cfg.optim), build(cfg.schedule), total_steps=cfg.trainer.max_steps, compile=cfg.compile
+        model,
+        build(cfg.optim),
+        build(cfg.schedule),
+        total_steps=cfg.trainer.max_steps,
+        compile=cfg.compile,
+        distillation=_distillation(cfg, data),
     )
     module.bytes_per_token = data.bytes_per_token
     module.tokenizer_fingerprint = data.tokenizer_hash
@@ -182,6 +187,21 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
         close_loggers(loggers)
     model._compiled_call_impl = None  # both forms are evaluated in eager mode: a compiler may add in another order
     return Fit(trainer.global_step, module.tokens, module.mean_tokens_per_s)
+
+
+def _distillation(cfg: DictConfig, data: TextDataModule) -> Distillation | None:
+    """The teacher that the configuration names; one whose folder has another tokenizer is refused."""
+    if not cfg.get("distill"):
+        return None
+    teacher = Path(cfg.distill.teacher)
+    if (teacher / "tokenizer.json").is_file():
+        theirs, ours = read_tokenizer(str(teacher)).get_vocab(), data.tokenizer.get_vocab()
+        if theirs != ours:
+            raise InputError(
+                f"the teacher in {teacher} has another vocabulary than the data ({len(theirs)} tokens, {len(ours)} "
+                f"here): use the teacher's own (data.tokenizer.path={teacher}), or another teacher"
+            )
+    return build(cfg.distill)
 
 
 def _accelerator(cfg: DictConfig) -> str:

@@ -35,6 +35,7 @@ GROUPS = {
     "model",
     "data",
     "optim",
+    "distill",
     "schedule",
     "trainer",
     "callbacks",
@@ -92,6 +93,15 @@ def check(cfg: DictConfig) -> None:
         raise InputError("activation=static is calibrated after the training: it goes with ptq=")
     if trained_quantized and not (cfg.quantizer and cfg.activation):
         raise InputError(f"model={cfg.method} needs a quantizer and an activation: model=dense has neither")
+    if cfg.get("distill") and not cfg.fit:
+        raise InputError("distill= is a part of training: it does not go with fit=false")
+    if cfg.get("distill") and cfg.distill.get("teacher") is None:
+        raise InputError(
+            "distill= needs a teacher: give distill.teacher=DIR, or model.path=DIR for what it starts from"
+        )
+    for term in ("logits", "hidden", "relations"):
+        if (cfg.get("distill") or {}).get(term):
+            build(cfg.distill[term])  # refuses values, before any work
     if cfg.twin_lr is not None and not cfg.twin:
         raise InputError("twin_lr is the learning rate of the twin: add twin=dense, or set optim.lr")
     _check_scalars(cfg)
@@ -161,7 +171,7 @@ def twin_of(cfg: DictConfig) -> DictConfig:
     OmegaConf.update(twin, "method", "dense")
     OmegaConf.update(twin, "twin", None)
     OmegaConf.update(twin, "model.layer", None)
-    twin.quantizer, twin.activation = {}, {}
+    twin.quantizer, twin.activation, twin.distill = {}, {}, {}
     twin.export = {name: {**node, **AS_DENSE[name]} for name, node in (cfg.export or {}).items() if name in AS_DENSE}
     if cfg.twin_lr is not None:
         OmegaConf.update(twin, "optim.lr", cfg.twin_lr)

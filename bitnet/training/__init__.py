@@ -1,6 +1,7 @@
 """Training: the module, its optimizer and schedules, checkpoints that resume exactly, and callbacks that watch."""
 
 from bitnet.training.checkpoint import AtomicCheckpointIO
+from bitnet.training.distill import AttentionRelations, Distillation, HiddenStates, LogitKL
 from bitnet.training.guard import NonFiniteError, NonFiniteGuard
 from bitnet.training.health import HealthTelemetry
 from bitnet.training.last_and_best import LastAndBest
@@ -13,10 +14,14 @@ from bitnet.training.schedules import Factors, Schedule, constant, cosine, two_s
 
 __all__ = [
     "AtomicCheckpointIO",
+    "AttentionRelations",
+    "Distillation",
     "Factors",
     "HealthTelemetry",
+    "HiddenStates",
     "LanguageModelingModule",
     "LastAndBest",
+    "LogitKL",
     "NonFiniteError",
     "NonFiniteGuard",
     "RandomState",

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from bitnet.errors import InputError
 from bitnet.training.compatibility import check_identity, checkpoint_identity
+from bitnet.training.distill import Distillation
 from bitnet.training.schedules import Schedule
 
 IGNORED = -100
@@ -37,12 +38,14 @@ class LanguageModelingModule(LightningModule):
         schedule: see `bitnet.training.schedules`.
         total_steps: optimizer steps of the whole run, ``trainer.max_steps``.
         compile: compile the network with ``torch.compile`` before the first step.
+        distillation: a teacher, and what of its answers joins the loss; it is in no checkpoint.
 
     Attributes:
         bytes_per_token: UTF-8 bytes a validation token stands for. Set it to have bits per byte logged.
         tokenizer_fingerprint: set it to have checkpoints of another tokenizer refused.
         tokens: tokens trained on so far, over all ranks.
-        step_loss: mean loss of the latest optimizer step, on the device.
+        step_loss: mean loss of the latest optimizer step, on the device; the cross-entropy alone with a teacher, too.
+        step_terms: the same for each term of the distillation.
         tokens_per_s: training tokens a second since the last logged step, validation not counted.
         mean_tokens_per_s: the same since this process began to train; None before it has ended.
 
@@ -50,7 +53,8 @@ class LanguageModelingModule(LightningModule):
     nothing is predicted; shifted by one here) and optionally ``position_ids``.
 
     Raises:
-        InputError: the schedule does not fit into ``total_steps``; an id is outside the vocabulary.
+        InputError: the schedule does not fit into ``total_steps``; an id is outside the vocabulary; the teacher has
+            another one.
     """
 
     def __init__(
@@ -60,9 +64,12 @@ class LanguageModelingModule(LightningModule):
         schedule: Schedule,
         total_steps: int,
         compile: bool = False,
+        distillation: Distillation | None = None,
     ) -> None:
         super().__init__()
         schedule(0, total_steps)  # a warm-up longer than the run shows here, before any work
+        if distillation is not None:
+            distillation.check(model)
         self.model = model
         self.bytes_per_token: float | None = None
         self.tokenizer_fingerprint: str | None = None
@@ -74,9 +81,12 @@ class LanguageModelingModule(LightningModule):
         self._schedule = schedule
         self._total_steps = total_steps
         self._compile = compile
+        self._distillation = distillation  # no module: its teacher is no part of what is trained and saved
         self._vocabulary = int(model.get_input_embeddings().num_embeddings)  # pyright: ignore
         self._ids_checked = False
         self._losses: list[Tensor] = []  # of the micro-batches of one step
+        self._terms: list[dict[str, Tensor]] = []  # the same, of the distillation
+        self.step_terms: dict[str, Tensor] = {}
         self._gradient_norm: Tensor | None = None
         self._window = self._start = (0, 0.0)  # (tokens, seconds) at the last logged step, and at the start
         self._pause_began = 0.0
@@ -85,6 +95,8 @@ class LanguageModelingModule(LightningModule):
 
     def configure_model(self) -> None:
         """Compile in place: the network stays the same object and the names in its checkpoints stay the same."""
+        if self._distillation is not None:
+            self._distillation.attach(self.model)
         if self._compile:
             self.model.compile()
             self._compile = False  # Lightning calls this hook again for validation
@@ -93,6 +105,14 @@ class LanguageModelingModule(LightningModule):
         optimizer = self._make_optimizer(self.model)
         self._configured = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
         return optimizer
+
+    def on_fit_start(self) -> None:
+        if self._distillation is not None:
+            self._distillation.share(self.model)
+
+    def on_fit_end(self) -> None:
+        if self._distillation is not None:
+            self._distillation.detach()
 
     def on_train_start(self) -> None:
         self._window = self._start = (self.tokens, time.perf_counter())
@@ -105,14 +125,22 @@ class LanguageModelingModule(LightningModule):
     # One step
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = _token_losses(self._logits(batch), batch["labels"])
+        logits = self._logits(batch)
+        loss = _token_losses(logits, batch["labels"])
         # A batch without a single target teaches nothing; 0 / 0 would end the run.
         loss = loss.sum() / (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
         self._losses.append(loss.detach())
         self.tokens += batch["input_ids"].numel() * self.trainer.world_size
         self._gradient_norm = None
         self.step_loss = torch.stack(self._losses).mean()
-        return loss
+        return loss if self._distillation is None else self._distilled(self._distillation, loss, logits, batch)
+
+    def _distilled(self, distillation: Distillation, loss: Tensor, logits: Tensor, batch: Batch) -> Tensor:
+        """The objective: the loss and what a teacher says of the same batch."""
+        terms = distillation.losses(logits, _inputs(batch), _following(batch["labels"]) != IGNORED)
+        self._terms.append({name: term.detach() for name, term in terms.items()})
+        self.step_terms = {name: torch.stack([each[name] for each in self._terms]).mean() for name in terms}
+        return distillation.objective(loss, terms)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         factors = self._schedule(self.trainer.global_step, self._total_steps)
@@ -121,6 +149,7 @@ class LanguageModelingModule(LightningModule):
             group["weight_decay"] = weight_decay * factors.weight_decay
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._losses.clear()
+        self._terms.clear()
 
     def gradient_norm(self) -> Tensor:
         """Norm of all gradients of this step before clipping, a float32 scalar on the device; computed once a step."""
@@ -157,6 +186,7 @@ class LanguageModelingModule(LightningModule):
             "train/tokens_per_s": self.tokens_per_s,
             "step": float(self.trainer.global_step),  # what loggers take for the x axis: completed steps
         }
+        figures |= {f"train/distill_{name}": term for name, term in self.step_terms.items()}
         self.log_dict(figures)
 
     @property
@@ -206,9 +236,8 @@ class LanguageModelingModule(LightningModule):
 
     def _logits(self, batch: Batch) -> Tensor:
         self._check_ids(batch)
-        inputs = {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}
         # With a cache, transformers would ignore positions that restart and let documents see each other.
-        return self.model(**inputs, use_cache=False).logits
+        return self.model(**_inputs(batch), use_cache=False).logits
 
     def _check_ids(self, batch: Batch) -> None:
         """Look at every batch on a CPU, and on an accelerator, where looking waits for the device, at the first."""
@@ -231,5 +260,14 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
 
     The labels are shifted, not the logits: slicing those would copy the largest tensor of the step.
     """
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-    return F.cross_entropy(logits.float().flatten(0, 1), following.flatten(), ignore_index=IGNORED, reduction="none")
+    following = _following(labels).flatten()
+    return F.cross_entropy(logits.float().flatten(0, 1), following, ignore_index=IGNORED, reduction="none")
+
+
+def _following(labels: Tensor) -> Tensor:
+    """The token that each position predicts, ``[batch, block]``; `IGNORED` at the last."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+
+
+def _inputs(batch: Batch) -> dict[str, Tensor]:
+    return {key: batch[key] for key in ("input_ids", "position_ids") if key in batch}

@@ -37,6 +37,9 @@ CONFIG = Path(__file__).parents[2] / "conf"
         (["twin_lr=1e-3"], "add twin=dense"),
         (["ptq=gptq"], "ptq=gptq quantizes a full-precision model after its training: choose model=hf or model=dense"),
         (["model=dense", "ptq=gptq", "quantizer=sign"], "leave out quantizer="),
+        (["distill=logits"], "distill= needs a teacher: give distill.teacher=DIR"),
+        (["distill=logits", "fit=false", "model.path=x"], "distill= is a part of training"),
+        (["distill=logits", "distill.teacher=x", "distill.logits.temperature=0"], "must be a positive number, got 0"),
         (["activation=static"], "activation=static is calibrated after the training: it goes with ptq="),
         (["model=dense", "ptq=gptq", "calibration.windows=0"], "calibration.windows must be a positive whole number"),
         (["model=dense", "ptq=gptq", "+ptq.bit=4"], r"unknown key ptq.bit: did you mean ptq.bits\?"),
@@ -85,6 +88,7 @@ def _choices():
 @pytest.mark.parametrize("choice", sorted(_choices()))
 def test_every_choice_of_every_group_names_constructors_and_their_parameters(tiny, choice):
     beside = {"model=hf": ["model.path=x"], "size=none": ["model.path=x"], "quantizer=none": ["model=dense"]}
+    beside |= {f"distill={name}": ["distill.teacher=x"] for name in ("logits", "bitdistill")}
     beside["activation=none"] = ["model=dense"]  # what model=dense chooses by itself
     if choice.startswith("ptq=") or choice == "activation=static":
         beside[choice] = ["model=dense", *(["ptq=absmax"] if choice == "activation=static" else [])]

@@ -1,0 +1,37 @@
+"""A run with a teacher: from a folder to a record, and the refusal of one with other tokens."""
+
+import json
+
+import pytest
+
+from bitnet.errors import InputError
+from bitnet.experiment.run import run
+
+
+@pytest.fixture
+def teacher(tiny, tmp_path):
+    """The folder of a dense model, its tokenizer in it."""
+    run(tiny("model=dense", "export=hf", "trainer.max_steps=2", f"output_dir={tmp_path / 'teacher'}"))
+    return tmp_path / "teacher" / "hf"
+
+
+def started_from(teacher):
+    return ["size=none", f"model.path={teacher}", f"data.tokenizer.path={teacher}"]
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_student_learns_from_the_model_it_started_as(tiny, teacher, tmp_path):
+    records = run(tiny(*started_from(teacher), "distill=bitdistill", "export=packed"))
+    assert [record.method for record in records] == ["bitnet158 latent", "bitnet158 frozen"]
+    header = next((tmp_path / "run" / "csv").glob("*/metrics.csv")).read_text().splitlines()[0]
+    assert {"train/distill_logits", "train/distill_relations", "train/loss"} <= set(header.split(","))
+    config = json.loads((tmp_path / "run" / "run.json").read_text())["config"]
+    assert config["distill"]["teacher"] == str(teacher)
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_teacher_with_another_vocabulary_is_refused(tiny, teacher):
+    with pytest.raises(
+        InputError, match=r"another vocabulary than the data \(300 tokens, 280 here\): use the teacher's"
+    ):
+        run(tiny("distill=logits", f"distill.teacher={teacher}", "data.tokenizer.vocab_size=280"))
