@@ -1,5 +1,6 @@
 // Every tier that this machine (or an emulator) runs, against sums written out in int64 and the same float operations.
-// Buffers are exactly as long as they have to be, so a sanitizer sees every step beyond them. Exits with 1 on a difference.
+// Buffers are exactly as long as they have to be, so a sanitizer sees every step beyond them. Exits with 1 on a
+// difference.
 #include "packed_linear.cpp"
 
 #include <cmath>
@@ -52,7 +53,8 @@ static long differences(const Case &c, int tier, int threads) {
   for (int64_t n = 0; n < c.rows; ++n)
     for (int64_t j = 0; j < width; ++j) {
       const int64_t left = c.columns - j * per;
-      packed[(size_t)(n * width + j)] = pack(&codes[(size_t)(n * c.columns + j * per)], (int)(left < per ? left : per), c.layout);
+      const int count = (int)(left < per ? left : per);
+      packed[(size_t)(n * width + j)] = pack(&codes[(size_t)(n * c.columns + j * per)], count, c.layout);
     }
   std::normal_distribution<float> normal;
   std::vector<float> x((size_t)(c.tokens * c.columns)), scale((size_t)c.rows), bias((size_t)c.rows);
@@ -63,8 +65,8 @@ static long differences(const Case &c, int tier, int threads) {
   const auto inputs = as_type(x, c.type), biases = as_type(bias, c.type);
   auto y = as_type(std::vector<float>((size_t)(c.tokens * c.rows)), c.type);
   const int failed = bitnet_packed_linear(
-      inputs.data(), c.tokens, c.columns, c.columns, c.type, 127.0f, packed.data(), c.rows, width, c.layout, scale.data(), 1,
-      c.bias ? biases.data() : nullptr, c.type, y.data(), threads, tier);
+      inputs.data(), c.tokens, c.columns, c.columns, c.type, 127.0f, packed.data(), c.rows, width, c.layout,
+      scale.data(), 1, c.bias ? biases.data() : nullptr, c.type, y.data(), threads, tier);
   if (failed || bitnet_damaged_byte(packed.data(), c.rows, width, c.columns, c.layout) != -1) return c.tokens * c.rows;
   long wrong = 0;
   for (int64_t m = 0; m < c.tokens; ++m) {
@@ -109,10 +111,12 @@ int main() {
       for (int64_t tokens : TOKENS)
         for (int64_t columns : COLUMNS) {
           const int64_t rows = ROWS[cases % 4];
-          here += differences({tokens, columns, rows, layout, (int)(cases % 3), cases % 2 == 0, false}, tier, 1 + (int)(cases % 2));
+          const int type = (int)(cases % 3), threads = 1 + (int)(cases % 2);
+          here += differences({tokens, columns, rows, layout, type, cases % 2 == 0, false}, tier, threads);
           ++cases;
         }
-      for (int64_t tokens : {1, 13}) here += differences({tokens, 65536, 3, layout, F32, false, true}, tier, 1), ++cases;
+      for (int64_t tokens : {1, 13})
+        here += differences({tokens, 65536, 3, layout, F32, false, true}, tier, 1), ++cases;
       here += differences({291, 90, 70, layout, BF16, true, false}, tier, 2), ++cases;
       here += differences({1, 131072, 2, layout, F32, false, true}, tier, 1), ++cases;
     }

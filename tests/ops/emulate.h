@@ -31,18 +31,36 @@ EMU void emu_store(void *to, emulated512 v) { if ((uintptr_t)to % 64) abort(); m
 EMU emulated512 emu_zero() { return emulated512{}; }
 EMU emulated512 emu_set1_epi8(char x) { return emu_each<int8_t>([=](int) { return x; }); }
 EMU emulated512 emu_set1_epi16(short x) { return emu_each<int16_t>([=](int) { return x; }); }
-EMU emulated512 emu_and(emulated512 a, emulated512 b) { return emu_map<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; }); }
-EMU emulated512 emu_or(emulated512 a, emulated512 b) { return emu_map<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x | y; }); }
-EMU emulated512 emu_slli16(emulated512 a, int n) { return emu_each<uint16_t>([&](int i) { return emu_lane<uint16_t>(a, i) << n; }); }
-EMU emulated512 emu_srli16(emulated512 a, int n) { return emu_each<uint16_t>([&](int i) { return emu_lane<uint16_t>(a, i) >> n; }); }
-EMU emulated512 emu_srai32(emulated512 a, int n) { return emu_each<int32_t>([&](int i) { return emu_lane<int32_t>(a, i) >> n; }); }
+EMU emulated512 emu_and(emulated512 a, emulated512 b) {
+  return emu_map<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x & y; });
+}
+EMU emulated512 emu_or(emulated512 a, emulated512 b) {
+  return emu_map<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x | y; });
+}
+EMU emulated512 emu_slli16(emulated512 a, int n) {
+  return emu_each<uint16_t>([&](int i) { return emu_lane<uint16_t>(a, i) << n; });
+}
+EMU emulated512 emu_srli16(emulated512 a, int n) {
+  return emu_each<uint16_t>([&](int i) { return emu_lane<uint16_t>(a, i) >> n; });
+}
+EMU emulated512 emu_srai32(emulated512 a, int n) {
+  return emu_each<int32_t>([&](int i) { return emu_lane<int32_t>(a, i) >> n; });
+}
 EMU emulated512 emu_mulhi16(emulated512 a, emulated512 b) {
   return emu_map<uint16_t>(a, b, [](uint32_t x, uint32_t y) { return x * y >> 16; });
 }
-EMU emulated512 emu_add8(emulated512 a, emulated512 b) { return emu_map<uint8_t>(a, b, [](int x, int y) { return x + y; }); }
-EMU emulated512 emu_add32(emulated512 a, emulated512 b) { return emu_map<int32_t>(a, b, [](int32_t x, int32_t y) { return x + y; }); }
-EMU emulated512 emu_subs8(emulated512 a, emulated512 b) { return emu_map<uint8_t>(a, b, [](int x, int y) { return x > y ? x - y : 0; }); }
-EMU emulated512 emu_min8(emulated512 a, emulated512 b) { return emu_map<uint8_t>(a, b, [](int x, int y) { return x < y ? x : y; }); }
+EMU emulated512 emu_add8(emulated512 a, emulated512 b) {
+  return emu_map<uint8_t>(a, b, [](int x, int y) { return x + y; });
+}
+EMU emulated512 emu_add32(emulated512 a, emulated512 b) {
+  return emu_map<int32_t>(a, b, [](int32_t x, int32_t y) { return x + y; });
+}
+EMU emulated512 emu_subs8(emulated512 a, emulated512 b) {
+  return emu_map<uint8_t>(a, b, [](int x, int y) { return x > y ? x - y : 0; });
+}
+EMU emulated512 emu_min8(emulated512 a, emulated512 b) {
+  return emu_map<uint8_t>(a, b, [](int x, int y) { return x < y ? x : y; });
+}
 EMU emulated512 emu_dpbusd(emulated512 c, emulated512 a, emulated512 b) {
   return emu_each<int32_t>([&](int i) {
     int32_t sum = emu_lane<int32_t>(c, i);

@@ -1,9 +1,10 @@
 // AMX: 16 x 16 int32 results a tile, 16 x 64 codes times 64 x 16 inputs at once. For many tokens; few go to avx512.h.
 //
-// Weights are the left operand: 64 columns of 16 rows, as they come out of the bytes, plane by plane. Inputs are the right
-// one, which wants four neighbouring columns of 16 tokens in a line of 64 bytes; they are quantized into that order:
+// Weights are the left operand: 64 columns of 16 rows, as they come out of the bytes, plane by plane. Inputs are the
+// right one, which wants four neighbouring columns of 16 tokens in a line of 64 bytes; they are quantized into that
+// order:
 //
-//     inputs of 16 tokens    [block][plane][16 groups of 4 columns][16 tokens][4 columns]    1024 bytes a block and plane
+//     inputs of 16 tokens    [block][plane][16 groups of 4 columns][16 tokens][4 columns]   1024 bytes a block, plane
 //
 // A share is 64 rows: 32 at a time, decoded SLAB blocks at a time (in the first cache) against all tokens of a group.
 #pragma once
@@ -57,7 +58,9 @@ struct Amx {
   }
 
   // sums += codes [2 x 16 rows] times inputs of 16 or 32 tokens, over `count` tiles.
-  template <bool TWO> AMX_INLINE void multiply(const Scratch &s, const int8_t *x, int64_t x_step, int64_t count, int32_t (*sums)[2][16][16]) {
+  template <bool TWO>
+  AMX_INLINE void multiply(
+      const Scratch &s, const int8_t *x, int64_t x_step, int64_t count, int32_t (*sums)[2][16][16]) {
     _tile_loadd(0, sums[0][0], 64);
     _tile_loadd(1, sums[0][1], 64);
     if (TWO) _tile_loadd(2, sums[1][0], 64);
@@ -93,7 +96,8 @@ struct Amx {
       }
     for (int j = 0; j < 4; ++j) {  // a[4 q + j] holds, in quarter c, column 4 c + j of rows 4 q .. 4 q + 3
       const __m512i even = _mm512_shuffle_i32x4(a[j], a[4 + j], 0x88), odd = _mm512_shuffle_i32x4(a[j], a[4 + j], 0xdd);
-      const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88), odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
+      const __m512i even2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0x88);
+      const __m512i odd2 = _mm512_shuffle_i32x4(a[8 + j], a[12 + j], 0xdd);
       _mm512_store_si512(to[j], _mm512_shuffle_i32x4(even, even2, 0x88));
       _mm512_store_si512(to[8 + j], _mm512_shuffle_i32x4(even, even2, 0xdd));
       _mm512_store_si512(to[4 + j], _mm512_shuffle_i32x4(odd, odd2, 0x88));

@@ -7,12 +7,14 @@
 #define AVX2_INLINE __attribute__((target("avx2,fma"), always_inline)) static inline
 
 struct Avx2 {
-  // With many tokens one row at a time: inputs are then operands in memory, and need no instruction of their own (89 billion
-  // products a second on an AMD Zen 3, with two rows 80). PREFETCH, in bytes, is for one token; measured from 0 to 8192.
+  // With many tokens one row at a time: inputs are then operands in memory, and need no instruction of their own (89
+  // billion products a second on an AMD Zen 3, with two rows 80). PREFETCH, in bytes, is for one token; measured from
+  // 0 to 8192.
   static constexpr int ROWS = 1, TOKENS = 4, STREAMS = 2;
   static constexpr int PREFETCH = 1024;
 
-  // Blocks whose products int16 holds: a lane takes two planes' pairs a block and plane, each at most 2 * LARGEST * 127.
+  // Blocks whose products int16 holds: a lane takes two planes' pairs a block and plane, each at most 2 * LARGEST *
+  // 127.
   template <int L> static constexpr int BLOCKS_IN_16_BITS = 32767 / (2 * PLANES<L> * 2 * LARGEST<L> * 127);
 
   AVX2_INLINE __m256i load(const void *from) { return _mm256_loadu_si256((const __m256i *)from); }
@@ -20,9 +22,9 @@ struct Avx2 {
   // Bytes as they are stored -> what `decode` takes planes of.
   template <int L> AVX2_INLINE __m256i prepare_bytes(__m256i v) {
     if (L != T5) return v;
-    // Five digits in base 3 as a fraction: f = ceil(256 v / 243). Then the highest digit is floor(3 f / 256) and the rest
-    // 3 f mod 256. The division by 243 is a multiplication by 34522 / 2^23, exact for all 243 bytes. Kept as f - 128,
-    // because bytes compare as signed numbers here; 3 (f - 128) = 3 f - 128 modulo 256, so the offset stays.
+    // Five digits in base 3 as a fraction: f = ceil(256 v / 243). Then the highest digit is floor(3 f / 256) and the
+    // rest 3 f mod 256. The division by 243 is a multiplication by 34522 / 2^23, exact for all 243 bytes. Kept as f -
+    // 128, because bytes compare as signed numbers here; 3 (f - 128) = 3 f - 128 modulo 256, so the offset stays.
     const __m256i up = _mm256_set1_epi16(242), by = _mm256_set1_epi16((short)34522);
     const __m256i even = _mm256_srli_epi16(_mm256_mulhi_epu16(_mm256_or_si256(_mm256_slli_epi16(v, 8), up), by), 7);
     const __m256i high = _mm256_and_si256(v, _mm256_set1_epi16((short)0xff00));
@@ -79,8 +81,8 @@ struct Avx2 {
   }
 
   // The same for one token, where decoding is not shared: shifts are saved by leaving codes where they stand in their
-  // half byte. Group g sums up the planes g and g + GROUPS, times 2^(BITS g): at most 8 * 127 * 2 a pair, so int16 holds
-  // four blocks.
+  // half byte. Group g sums up the planes g and g + GROUPS, times 2^(BITS g): at most 8 * 127 * 2 a pair, so int16
+  // holds four blocks.
   template <int L, int R>
   AVX2_INLINE void add_one(__m256i (&acc)[R][1], const uint8_t *const *w, const int8_t *x, int64_t blocks) {
     constexpr int GROUPS = 4 / BITS<L>, AT_ONCE = 4;
@@ -117,7 +119,8 @@ struct Avx2 {
   }
 
   template <int L, int R, int M>
-  AVX2_INLINE void add_blocks(__m256i (&acc)[R][M], const uint8_t *const *w, const int8_t *x, int64_t x_step, int64_t n) {
+  AVX2_INLINE void add_blocks(
+      __m256i (&acc)[R][M], const uint8_t *const *w, const int8_t *x, int64_t x_step, int64_t n) {
     if constexpr (M == 1 && L != T5) add_one<L, R>(acc, w, x, n);
     else add<L, R, M>(acc, w, x, x_step, n);
   }

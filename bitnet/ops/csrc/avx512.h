@@ -12,7 +12,8 @@
 #define AVX512_INLINE __attribute__((target(AVX512_TARGET), always_inline)) static inline
 
 struct Avx512 {
-  // Eight sums at once hide the latency of vpdpbusd, and its inputs come from memory without an instruction of their own.
+  // Eight sums at once hide the latency of vpdpbusd, and its inputs come from memory without an instruction of their
+  // own.
   static constexpr int ROWS = 1, TOKENS = 8, STREAMS = 2;
   static constexpr int PREFETCH = 1024;  // bytes
 
@@ -43,7 +44,8 @@ struct Avx512 {
 
   // acc[r][k] += row r of weights times token k, over `blocks` blocks.
   template <int L, int R, int M>
-  AVX512_INLINE void add(__m512i (&acc)[R][M], const uint8_t *const *w, const int8_t *x, int64_t x_step, int64_t blocks) {
+  AVX512_INLINE void add(
+      __m512i (&acc)[R][M], const uint8_t *const *w, const int8_t *x, int64_t x_step, int64_t blocks) {
     for (int64_t b = 0; b < blocks; ++b, x += BLOCK * PLANES<L>) {
       __m512i v[R];
 #pragma GCC unroll 4

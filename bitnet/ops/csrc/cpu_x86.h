@@ -16,8 +16,9 @@ static bool has_amx() { return true; }
 #else
 static bool has_avx512() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  const bool foundation = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+  const bool more = __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return foundation && more && __builtin_cpu_supports("avx512vnni");
 }
 
 // Linux hands out the tiles' state on request only (ARCH_REQ_XCOMP_PERM, 8 KiB a thread); CPUID 7.0 EDX has the rest.

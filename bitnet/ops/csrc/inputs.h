@@ -9,7 +9,8 @@ INLINE void read(const void *x, int type, int64_t from, int count, float *out) {
   else for (int i = 0; i < count; ++i) out[i] = to_float(((const f16 *)x)[from + i]);
 }
 
-// The bits of the largest magnitude, of a NaN if there is one: magnitudes compare like their bits, and NaN is above all.
+// The bits of the largest magnitude, of a NaN if there is one: magnitudes compare like their bits, and NaN is above
+// all.
 INLINE uint32_t largest_of(const void *x, int type, int64_t from, int64_t columns) {
   uint32_t largest = 0;
   for (int64_t k = 0; k < columns; k += 512) {
@@ -29,8 +30,8 @@ template <int L> INLINE int32_t quantize_block(const float *x, int count, float 
   int8_t in_order[BLOCK * PLANES<L>] = {};
   int32_t sum = 0;
   for (int i = 0; i < count; ++i) {
-    // A true division: multiplying by the reciprocal gives other codes. Adding 1.5 * 2^23 rounds half to even, and leaves
-    // the integer in the low bits; the quotient is at most 128 here.
+    // A true division: multiplying by the reciprocal gives other codes. Adding 1.5 * 2^23 rounds half to even, and
+    // leaves the integer in the low bits; the quotient is at most 128 here.
     const int32_t code = (int32_t)bits_of(x[i] / scale + 12582912.0f) - 0x4b400000;
     const int32_t clamped = code > 127 ? 127 : code < -127 ? -127 : code;
     in_order[i] = (int8_t)clamped;

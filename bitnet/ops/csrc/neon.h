@@ -25,7 +25,8 @@ struct Neon {
   template <int L> NEON_INLINE uint8x16_t prepare_bytes(uint8x16_t v) {
     if (L != T5) return v;
     const uint16x8_t up = vdupq_n_u16(242);
-    const uint16x8_t low = vaddq_u16(vshll_n_u8(vget_low_u8(v), 8), up), high = vaddq_u16(vshll_n_u8(vget_high_u8(v), 8), up);
+    const uint16x8_t low = vaddq_u16(vshll_n_u8(vget_low_u8(v), 8), up);
+    const uint16x8_t high = vaddq_u16(vshll_n_u8(vget_high_u8(v), 8), up);
     return vcombine_u8(fraction(low), fraction(high));
   }
 
@@ -49,7 +50,8 @@ struct Neon {
 
   // acc[r][k] += row r of weights times token k, over `blocks` blocks.
   template <int L, int R, int M>
-  NEON_INLINE void add(int32x4_t (&acc)[R][M], const uint8_t *const *w, const int8_t *x, int64_t x_step, int64_t blocks) {
+  NEON_INLINE void add(
+      int32x4_t (&acc)[R][M], const uint8_t *const *w, const int8_t *x, int64_t x_step, int64_t blocks) {
     for (int64_t b = 0; b < blocks; ++b, x += BLOCK * PLANES<L>)
       for (int part = 0; part < BLOCK; part += 16) {
         uint8x16_t v[R];

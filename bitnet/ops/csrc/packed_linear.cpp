@@ -4,8 +4,8 @@
 //     inputs.h    float -> int8 codes, one scale     rows.h      tiles of rows and tokens, one thread's share
 //     floats.h    bfloat16, float16                  results.h   int32 sums -> rescaled, biased, rounded
 //
-// Every tier gives the same integers, and the float operations around them are the same code: results are equal bit for bit,
-// on every machine, for every number of threads.
+// Every tier gives the same integers, and the float operations around them are the same code: results are equal bit
+// for bit, on every machine, for every number of threads.
 #include <cstdlib>
 
 #include "scalar.h"
@@ -28,11 +28,13 @@ constexpr int AMX_FROM = 12;  // tokens: with fewer, most of a tile would be pad
 // Whether this machine can run a tier, and this library holds it.
 EXPORT int bitnet_has_tier(int tier) {
 #if defined(__x86_64__)
-  if (tier == AVX2) return has_avx2();
-  if (tier == AVX512) return has_avx512();
-  if (tier == AMX) return has_avx512() && has_amx();
+  static const bool avx2 = has_avx2(), avx512 = has_avx512(), amx = avx512 && has_amx();  // once: cpuid may trap
+  if (tier == AVX2) return avx2;
+  if (tier == AVX512) return avx512;
+  if (tier == AMX) return amx;
 #elif defined(__aarch64__)
-  if (tier == NEON) return has_dot_product();
+  static const bool dot_product = has_dot_product();
+  if (tier == NEON) return dot_product;
 #endif
   return tier == SCALAR;
 }
@@ -108,7 +110,8 @@ template <int L> static int64_t damaged_byte(const uint8_t *packed, int64_t rows
   return -1;
 }
 
-EXPORT int64_t bitnet_damaged_byte(const uint8_t *packed, int64_t rows, int64_t row_bytes, int64_t columns, int layout) {
+EXPORT int64_t bitnet_damaged_byte(
+    const uint8_t *packed, int64_t rows, int64_t row_bytes, int64_t columns, int layout) {
   const int base = layout == I2 ? 4 : layout == T5 ? 3 : 2, planes = layout == I2 ? 4 : layout == T5 ? 5 : 8;
   int limit = 1;
   for (int64_t i = (row_bytes - 1) * planes; i < columns; ++i) limit *= base;

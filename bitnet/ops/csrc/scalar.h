@@ -11,7 +11,8 @@ struct Scalar {
     return byte % 3;
   }
 
-  template <int L> __attribute__((noinline)) static int32_t add(int32_t sum, const uint8_t *bytes, int count, const int8_t *x) {
+  template <int L>
+  __attribute__((noinline)) static int32_t add(int32_t sum, const uint8_t *bytes, int count, const int8_t *x) {
     for (int p = 0; p < PLANES<L>; ++p)
       for (int j = 0; j < count; ++j) sum += code<L>(bytes[j], p) * x[p * BLOCK + j];
     return sum;
@@ -25,7 +26,8 @@ struct Scalar {
         const int8_t *x = t.inputs + (m + k) * t.input_step;
         int32_t sum = 0;
         for (int64_t b = 0; b < end.whole; ++b) sum = add<L>(sum, row + b * BLOCK, BLOCK, x + b * BLOCK * PLANES<L>);
-        sums.to[k * sums.token_step + r * sums.row_step] = add<L>(sum, row + end.whole * BLOCK, end.left, x + end.whole * BLOCK * PLANES<L>);
+        sum = add<L>(sum, row + end.whole * BLOCK, end.left, x + end.whole * BLOCK * PLANES<L>);
+        sums.to[k * sums.token_step + r * sums.row_step] = sum;
       }
   }
 

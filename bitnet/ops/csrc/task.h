@@ -7,14 +7,14 @@
 //     b1   byte j = columns 8j .. 8j+7, 1 bit each                plane p = column 8j + p
 //     t5   byte j = columns 5j .. 5j+4, digits in base 3          plane p = column 5j + 4 - p  (highest digit first)
 //
-// so a vector of bytes, shifted and masked, holds one plane of many neighbouring bytes. The inputs are quantized into the
-// order that this asks for: block b stands against the 64 weight bytes from 64 b on,
+// so a vector of bytes, shifted and masked, holds one plane of many neighbouring bytes. The inputs are quantized into
+// the order that this asks for: block b stands against the 64 weight bytes from 64 b on,
 //
 //     weights, one row      [ 64 bytes                                   ][ 64 bytes ...
 //     inputs, one row       [ plane 0: 64 codes ][ plane 1: 64 codes ]...[ plane 0 of the next block ...
 //
-// Columns that do not exist have the input 0. So whatever a kernel reads beside a row's last byte (the next row, or zeros)
-// adds nothing.
+// Columns that do not exist have the input 0. So whatever a kernel reads beside a row's last byte (the next row, or
+// zeros) adds nothing.
 //
 // A kernel computes  dot = sum over columns of code * input  with codes 0, 1, 2 (or bits 0, 1). In units of weights,
 //     ternary: t = code - 1        sum t * input = dot - sum of inputs
@@ -62,8 +62,8 @@ struct RowEnd {
 };
 INLINE RowEnd row_end(const Task &t) { return {t.row_bytes / BLOCK, (int)(t.row_bytes % BLOCK)}; }
 
-// The shorter last block of row n: in place where 64 bytes can be read (zero inputs stand against what follows the row),
-// else a copy. Only the last rows of a matrix need one.
+// The shorter last block of row n: in place where 64 bytes can be read (zero inputs stand against what follows the
+// row), else a copy. Only the last rows of a matrix need one.
 INLINE const uint8_t *last_block(const Task &t, int64_t n, const RowEnd &end, uint8_t *copy) {
   const int64_t from = n * t.row_bytes + end.whole * BLOCK;
   if (from + BLOCK <= t.rows * t.row_bytes) return t.packed + from;
