@@ -90,7 +90,7 @@ def _unpack_digits(packed: Tensor, form: Layout, columns: int) -> Tensor:
     """By a table with a line of codes for every byte."""
     lines, valid = _tables(form)
     index = packed.flatten().to(torch.int32)
-    codes = lines.to(packed.device).index_select(0, index).reshape(*packed.shape[:-1], -1)
+    codes = lines.to(packed.device).index_select(0, index).reshape(*packed.shape[:-1], packed.shape[-1] * form.per_byte)
     beyond = codes[..., columns:] != form.codes[0]
     if not valid.to(packed.device).index_select(0, index).all() or beyond.any():
         raise InputError(

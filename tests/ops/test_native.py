@@ -128,7 +128,8 @@ def test_threads_that_compile_at_once_all_get_a_whole_library(quick, tmp_path):
 def test_a_compiler_without_openmp_makes_a_library_all_the_same(tmp_path, monkeypatch):
     fake = tmp_path / "compiler"
     fake.write_text(
-        '#!/bin/sh\ncase "$*" in *fopenmp*) echo no openmp >&2; exit 1;; esac\nfor l; do :; done; echo x > "$l"\n'
+        '#!/bin/sh\ncase "$*" in *--version*) exit 0;; *fopenmp*) echo no openmp >&2; exit 1;; esac\n'
+        'for last; do :; done; echo x > "$last"\n'
     )
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
