@@ -27,7 +27,8 @@ def print_estimate(cfg: DictConfig, console: Console) -> None:
     tokenizer: TokenizerSpec = build(cfg.data.tokenizer)
     vocab_size = tokenizer.vocab_size if tokenizer.path is None else len(read_tokenizer(tokenizer.path))
     if cfg.model.path is not None:
-        model = build(cfg.model, vocab_size=cfg.model.vocab_size or 1)  # the folder knows its vocabulary
+        norms = {"calibration": torch.zeros(1, 2, dtype=torch.int64)} if cfg.model.get("subln") else {}
+        model = build(cfg.model, vocab_size=cfg.model.vocab_size or 1, **norms)  # the folder knows its vocabulary
     else:
         with torch.device("meta"):
             model = build(cfg.model, vocab_size=cfg.model.vocab_size or vocab_size)

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from bitnet.data.datamodule import TextDataModule
 from bitnet.data.passages import ids_hash
 from bitnet.evaluation import TextProtocol, footprint
 from bitnet.experiment.arm import REFERENCE_RECORD, Arm, refuse_exports
@@ -47,7 +48,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
     loggers = make_loggers(build_all(cfg.logger), directory) if cfg.logger else []
     activation = build(cfg.activation) if cfg.activation else None
     needed = bool(method.requires) or isinstance(activation, StaticActivation) or driver.smoothquant is not None
-    windows = _windows(cfg, arm) if needed or driver.layer_errors else None
+    windows = calibration_windows(cfg, arm.data) if needed or driver.layer_errors else None
     arm.measure.prepare()
     beside = isinstance(arm.measure.protocol, TextProtocol) and arm.measure.protocol.compare
     original = copy.deepcopy(model) if beside else None
@@ -90,10 +91,11 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
     return [before, after]
 
 
-def _windows(cfg: DictConfig, arm: Arm) -> Tensor:
+def calibration_windows(cfg: DictConfig, data: TextDataModule) -> Tensor:
+    """Token ids [windows, tokens] of the text that ``calibration`` in the configuration chooses."""
     chosen = cfg.calibration
     window = chosen.window or cfg.data.block_size
-    return arm.data.calibration_windows(chosen.windows, window, documents=chosen.documents, seed=chosen.seed)
+    return data.calibration_windows(chosen.windows, window, documents=chosen.documents, seed=chosen.seed)
 
 
 def _log(loggers: "Sequence[Logger]", record: RunRecord) -> None:

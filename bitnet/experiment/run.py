@@ -22,7 +22,7 @@ from bitnet.errors import InputError
 from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started, refuse_exports
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.measure import Measure
-from bitnet.experiment.post_training import quantize_afterwards
+from bitnet.experiment.post_training import calibration_windows, quantize_afterwards
 from bitnet.experiment.settings import (
     build,
     build_all,
@@ -145,9 +145,10 @@ def _build_data(cfg: DictConfig) -> TextDataModule:
 def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
     tokenizer = data.tokenizer
     vocab_size = cfg.model.vocab_size or data.vocab_size
-    model = build(
-        cfg.model, vocab_size=vocab_size, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
-    )
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if cfg.model.get("subln"):
+        ids["calibration"] = calibration_windows(cfg, data)
+    model = build(cfg.model, vocab_size=vocab_size, **ids)
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and cfg.data.block_size > longest:

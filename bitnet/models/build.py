@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from bitnet.errors import InputError
 from bitnet.models.pretrained import from_directory
 from bitnet.models.scratch import Size, from_scratch
+from bitnet.models.subln import insert_subln
 from bitnet.nn.convert import LayerFactory, convert
 
 DEQUANTIZED = "bitnet_dequantized"  # entry in the config.json of a folder whose weights are codes times scales
@@ -26,6 +28,8 @@ def causal_lm(
     seed: int = 0,
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
+    subln: bool = False,
+    calibration: Tensor | None = None,
 ) -> PreTrainedModel:
     """Build a float32 causal language model.
 
@@ -35,10 +39,17 @@ def causal_lm(
         layer: replaces every linear but the head (or but ``exclude``); None leaves the model dense.
         seed: of the random weights. The same seed gives every model of one body and size the same latent weights, so
             that a quantized model and its dense twin start equal.
+        subln: put norms before the output projections of a pretrained model, see `insert_subln`.
+        calibration: token ids [windows, tokens] that these norms are fitted to.
 
     Raises:
-        InputError: see `from_directory`, `from_scratch` and `bitnet.convert`.
+        InputError: see `from_directory`, `from_scratch`, `insert_subln` and `bitnet.convert`.
     """
+    if subln and (path is None or calibration is None):
+        raise InputError(
+            "model.subln=true goes into a pretrained model (model.path=DIR) and takes text to fit its norms to: from "
+            "scratch, model.body=bitnet has them"
+        )
     if path is not None:
         model = from_directory(path)
         if layer is not None and getattr(model.config, DEQUANTIZED, False):
@@ -51,6 +62,8 @@ def causal_lm(
                 f"{path} has {model.config.get_text_config().vocab_size} embeddings for a tokenizer of {vocab_size} "
                 f"tokens: train with the model's own tokenizer (data.tokenizer.path={path})"
             )
+        if calibration is not None and subln:
+            model = insert_subln(model, calibration)
     else:
         if size is None:
             raise InputError("model.size is missing: choose one with size=nano, size=125m, ... or give model.path")
