@@ -37,7 +37,7 @@ from bitnet.files import atomic_file
 from bitnet.nn import bit_linears, freeze
 from bitnet.report import RunRecord, close_loggers, make_loggers, results_markdown, results_table, terminal
 from bitnet.report import training_curves as draw_curves
-from bitnet.training import AtomicCheckpointIO, Distillation, LanguageModelingModule
+from bitnet.training import AtomicCheckpointIO, Distillation, LanguageModelingModule, QuantizationWarmup
 
 
 def run(cfg: DictConfig) -> list[RunRecord]:
@@ -172,6 +172,8 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
     module.tokenizer_fingerprint = data.tokenizer_hash
     loggers = make_loggers(build_all(cfg.logger), directory)
     callbacks: list[Callback] = list(build_all(cfg.callbacks).values())
+    if cfg.get("warmup"):  # first, so that all others see the model of this step
+        callbacks.insert(0, QuantizationWarmup(build(cfg.warmup), cfg.trainer.max_steps))
     trainer: Trainer = build(
         cfg.trainer,
         accelerator=_accelerator(cfg),

@@ -37,6 +37,7 @@ GROUPS = {
     "optim",
     "distill",
     "schedule",
+    "warmup",
     "trainer",
     "callbacks",
     "logger",
@@ -105,7 +106,9 @@ def check(cfg: DictConfig) -> None:
     if cfg.twin_lr is not None and not cfg.twin:
         raise InputError("twin_lr is the learning rate of the twin: add twin=dense, or set optim.lr")
     _check_scalars(cfg)
-    for group in ("ptq", "driver", "evaluation"):
+    if cfg.get("warmup"):
+        _check_warmup(cfg, trained_quantized)
+    for group in ("quantizer", "ptq", "driver", "evaluation"):
         if cfg[group]:
             build(cfg[group])  # refuses options that do not fit, before any work
     build_all(cfg.export)
@@ -124,6 +127,15 @@ def check(cfg: DictConfig) -> None:
     longest = cfg.size.get("max_position_embeddings", math.inf)
     if cfg.model.path is None and cfg.data.block_size > longest:
         raise InputError(f"data.block_size={cfg.data.block_size} exceeds size.max_position_embeddings={longest}")
+
+
+def _check_warmup(cfg: DictConfig, trained_quantized: bool) -> None:
+    """Raise InputError for a warm-up of what is not quantized or not trained, or one that is longer than the run."""
+    if not trained_quantized:
+        raise InputError(f"model={cfg.method} quantizes nothing in training: leave out warmup=")
+    if not cfg.fit:
+        raise InputError("warmup= is a part of training: it does not go with fit=false")
+    build(cfg.warmup).check(cfg.trainer.max_steps)
 
 
 def _check_scalars(cfg: DictConfig) -> None:
@@ -171,7 +183,7 @@ def twin_of(cfg: DictConfig) -> DictConfig:
     OmegaConf.update(twin, "method", "dense")
     OmegaConf.update(twin, "twin", None)
     OmegaConf.update(twin, "model.layer", None)
-    twin.quantizer, twin.activation, twin.distill = {}, {}, {}
+    twin.quantizer, twin.activation, twin.distill, twin.warmup = {}, {}, {}, {}
     twin.export = {name: {**node, **AS_DENSE[name]} for name, node in (cfg.export or {}).items() if name in AS_DENSE}
     if cfg.twin_lr is not None:
         OmegaConf.update(twin, "optim.lr", cfg.twin_lr)

@@ -11,6 +11,7 @@ from bitnet.training.progress import TrainingProgress
 from bitnet.training.random_state import RandomState
 from bitnet.training.samples import WriteSamples, generate
 from bitnet.training.schedules import Factors, Schedule, constant, cosine, two_stage, wsd
+from bitnet.training.warmup import QuantizationWarmup, WarmUp
 
 __all__ = [
     "AtomicCheckpointIO",
@@ -24,9 +25,11 @@ __all__ = [
     "LogitKL",
     "NonFiniteError",
     "NonFiniteGuard",
+    "QuantizationWarmup",
     "RandomState",
     "Schedule",
     "TrainingProgress",
+    "WarmUp",
     "WriteSamples",
     "adamw",
     "constant",

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from bitnet.errors import InputError
 from bitnet.files import atomic_file
+from bitnet.training.warmup import warming_up
 
 METRIC = "val/loss"
 
@@ -25,7 +26,8 @@ METRIC = "val/loss"
 class LastAndBest(Checkpoint):
     """Save ``last.ckpt`` after each validation, at the end and in between; ``best.ckpt`` at the lowest ``val/loss``.
 
-    Both are in ``checkpoints`` in the trainer's root directory, which is the run's folder.
+    Both are in ``checkpoints`` in the trainer's root directory, which is the run's folder. While the quantization is
+    warmed up no checkpoint is the best one: the loss is that of a model half dense.
 
     Args:
         every_n_steps: optimizer steps between two saves beside those after validation. None: none.
@@ -77,7 +79,8 @@ class LastAndBest(Checkpoint):
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = float(trainer.callback_metrics[METRIC])
-        improved = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        partly = warming_up(pl_module)
+        improved = not partly and math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
         if improved:
             self.best_loss = loss
         trainer.save_checkpoint(self.last, weights_only=False)

@@ -13,7 +13,9 @@ from bitnet.errors import InputError
 from bitnet.experiment import run as experiment
 from bitnet.experiment.run import run
 from bitnet.experiment.settings import resumed
+from bitnet.export import load
 from bitnet.models import from_directory
+from bitnet.nn import QuantizedLinear
 from bitnet.report import RunRecord
 
 
@@ -69,6 +71,15 @@ def test_every_model_trains_and_is_exported(tiny, tmp_path, choice):
 def test_every_granularity_trains_freezes_exactly_and_is_exported(tiny, granularity):
     latent, frozen = run(tiny(f"quantizer.granularity={granularity}"))
     assert frozen.nll == latent.nll
+
+
+@pytest.mark.parametrize("quantizer", ["lsq", "seq", "int4", "int8"])
+def test_every_quantizer_trains_freezes_exactly_and_is_packed(tiny, tmp_path, quantizer):
+    latent, frozen = run(tiny(f"quantizer={quantizer}", "export=packed", "warmup=staged"))
+    assert frozen.nll == latent.nll
+    loaded = load(tmp_path / "run" / "packed").model
+    counted = [layer for layer in loaded.modules() if isinstance(layer, QuantizedLinear)]
+    assert {layer.weight.levels for layer in counted} == {{"lsq": 16, "seq": 4, "int4": 15, "int8": 255}[quantizer]}
 
 
 def test_a_twin_is_trained_on_the_same_tokens_and_gives_the_gap(tiny, tmp_path, capsys):

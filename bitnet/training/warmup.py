@@ -1,0 +1,157 @@
+"""Quantize little by little: a pretrained model meets its quantizers over many steps instead of in the first one.
+
+What a layer computes with moves from its values to their quantized form, ``value + share * (quantized - value)``, the
+share rising from 0 to 1. It is a function of the number of completed optimizer steps alone, like the learning rate:
+nothing of it is in a checkpoint, and a resumed run cannot disagree with an uninterrupted one.
+
+Source: lambda warm-up of the 1.58-bit fine-tuning of Llama 3 (Hugging Face, 2024): min(step / 1000, 1).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning import Callback, LightningModule, Trainer
+
+from bitnet.errors import InputError
+from bitnet.nn import BitLinear, bit_linears
+
+STEEPNESS = 6.0  # of the sigmoid: before scaling it runs from 1/(1+e^6) = 0.0025 to 0.9975
+
+
+class Shares(NamedTuple):
+    """How much of the weights, and of the inputs, is quantized: 0 none, 1 all."""
+
+    weight: float
+    input: float
+
+
+def _linear(progress: float) -> float:
+    return progress
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 - math.cos(math.pi * progress))
+
+
+def _sigmoid(progress: float) -> float:
+    """A logistic curve, stretched to begin at 0 and end at 1."""
+    start = _logistic(-STEEPNESS)
+    return (_logistic(STEEPNESS * (2 * progress - 1)) - start) / (1 - 2 * start)
+
+
+def _logistic(x: float) -> float:
+    return 1 / (1 + math.exp(-x))
+
+
+SHAPES: dict[str, Callable[[float], float]] = {"linear": _linear, "cosine": _cosine, "sigmoid": _sigmoid}
+
+
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """The shares at a step: ``warmup(step, total_steps)``.
+
+    Args:
+        shape: "linear", "cosine" or "sigmoid": how a share goes from 0 to 1.
+        weight: where that of the weights begins to rise and where it reaches 1: below 1 a share of the run, from 1 on a
+            number of steps. [0, 0] quantizes from the first step on.
+        input: the same for the inputs. Later than ``weight`` makes stages: dense, then W1.58, then W1.58A8.
+
+    Raises:
+        InputError: an unknown shape, or no two ends in order.
+    """
+
+    shape: str = "linear"
+    weight: Sequence[float | int] = (0, 0.2)
+    input: Sequence[float | int] = (0, 0.2)
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            raise InputError(f"warmup.shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
+        for name, ends in (("weight", self.weight), ("input", self.input)):
+            if len(ends) != 2 or not all(_is_time(end) for end in ends):
+                raise InputError(
+                    f"warmup.{name} must be where it begins and where it ends, each a share of the run below 1 or a "
+                    f"whole number of steps, got {list(ends)}"
+                )
+
+    def check(self, total_steps: int) -> None:
+        """Raise InputError unless both shares have come to 1 by the last of ``total_steps`` steps, in order."""
+        for name, ends in (("weight", self.weight), ("input", self.input)):
+            begin, end = (_steps(each, total_steps) for each in ends)
+            if begin > end:
+                raise InputError(f"warmup.{name} must end after it begins, got steps {begin} to {end}")
+            if end >= total_steps:
+                raise InputError(
+                    f"the warm-up of the quantization must end before the last of the run's {total_steps} steps, and "
+                    f"warmup.{name} ends at step {end}: give shares of the run such as [0, 0.2], or train longer"
+                )
+
+    def __call__(self, step: int, total_steps: int) -> Shares:
+        """The shares that step ``step`` runs with: the number of steps completed before it, 0 for the first."""
+        return Shares(self._share(self.weight, step, total_steps), self._share(self.input, step, total_steps))
+
+    def _share(self, ends: Sequence[float | int], step: int, total_steps: int) -> float:
+        begin, end = (_steps(each, total_steps) for each in ends)
+        if step >= end:
+            return 1.0
+        return SHAPES[self.shape]((step - begin) / (end - begin)) if step > begin else 0.0
+
+
+class QuantizationWarmup(Callback):
+    """Set the shares of every `BitLinear` of the model before each step and each validation.
+
+    A validation is of the model as it is at its step: during the warm-up of one that is quantized in part. Logs
+    ``train/quantized_weight`` and ``train/quantized_input``.
+
+    Args:
+        warmup: the shares at a step.
+        total_steps: optimizer steps of the whole run.
+
+    Raises:
+        InputError: a warm-up that is longer than the run (at once), or a model without a `BitLinear` (when it begins).
+    """
+
+    def __init__(self, warmup: WarmUp, total_steps: int) -> None:
+        warmup.check(total_steps)
+        self._warmup, self._total_steps = warmup, total_steps
+        self._shares: Shares | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not bit_linears(pl_module):
+            raise InputError("a warm-up of the quantization needs a quantized model, and this one has no BitLinear")
+        self._shares = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        shares = self._set(trainer, pl_module)
+        figures = {"train/quantized_weight": shares.weight, "train/quantized_input": shares.input}
+        pl_module.log_dict(figures)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit":
+            self._set(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._set(trainer, pl_module)
+
+    def _set(self, trainer: Trainer, module: LightningModule) -> Shares:
+        shares = self._warmup(trainer.global_step, self._total_steps)
+        if shares != self._shares:
+            for _, layer in bit_linears(module):
+                layer.blend(*shares)
+            self._shares = shares
+        return shares
+
+
+def warming_up(module: LightningModule) -> bool:
+    """Whether a layer is quantized in part."""
+    return any(isinstance(layer, BitLinear) and layer.blending is not None for layer in module.modules())
+
+
+def _is_time(end: Any) -> bool:
+    return isinstance(end, int | float) and not isinstance(end, bool) and (0 <= end < 1 or 1 <= end == end // 1)
+
+
+def _steps(end: float, total_steps: int) -> int:
+    return round(end * total_steps) if end < 1 else int(end)
