@@ -103,10 +103,10 @@ class Arm:
         return None if self.cfg.fit or path is None else stored_dtype(path)
 
 
-def refuse_exports(cfg: DictConfig, model: PreTrainedModel) -> None:
-    """Raise InputError where a format that the configuration asks for cannot carry ``model``: before further work."""
+def refuse_exports(cfg: DictConfig, model: PreTrainedModel, data: TextDataModule) -> None:
+    """Raise InputError where a format that the configuration asks for cannot carry ``model`` or the data's tokenizer."""
     for name, exporter in build_all(cfg.export).items():
-        refuse_problems(exporter.problems(model), f"export={name}")
+        refuse_problems(exporter.problems(model, data.tokenizer), f"export={name}")
 
 
 @cache

@@ -1,10 +1,12 @@
 """``python -m bitnet.export RUN_OR_DIR --to gguf --type TQ2_0``: write a model that exists in another format."""
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
 from bitnet.errors import InputError
+from bitnet.export.protocol import ExportError
 
 DESCRIPTION = """\
 Write a model in another format. PATH is the folder of a run, a packed or Hugging Face folder, or a .gguf file.
@@ -21,15 +23,18 @@ EPILOG = """\
 def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (the process's own by default), write, and print what was written."""
     options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     try:
         if not options.check and options.to is None:
             raise InputError("name a format with --to, or ask which ones fit with --check")
-        _quiet()
+        if options.threads is not None and options.threads < 1:
+            raise InputError(f"--threads must be at least 1, got {options.threads}")
+        _quiet(options.threads)
         print(_checked(options) if options.check else _written(options))
-    except InputError as error:
+    except (InputError, ExportError) as error:
         sys.exit(f"error: {error}")
     except OSError as error:
-        sys.exit(f"error: {error.filename or options.path}: {error.strerror or error}")
+        sys.exit(f"error: {error.filename or options.output or 'the output'}: {error.strerror or error}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-o", "--output", type=Path, help="where to; by default beside PATH, or in the run's folder")
     parser.add_argument("--check", action="store_true", help="write nothing: say which formats the model fits, and why")
     parser.add_argument("--threads", type=int, help="CPU threads; by default torch's own choice")
+    parser.add_argument("--no-tokenizer", action="store_true", help="write the model alone")
     group = parser.add_argument_group("options of the formats")
     owners: dict[str, list[str]] = {}
     for name in FORMATS:
@@ -54,18 +60,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _written(options: argparse.Namespace) -> str:
-    import torch
-
     from bitnet.export.reading import load
     from bitnet.export.writing import describe, exporter
 
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     given = {key.removeprefix("option_"): value for key, value in vars(options).items() if key.startswith("option_")}
     target = exporter(options.to, **{key: value for key, value in given.items() if value is not None})
     loaded = load(options.path)
     output = options.output or _default_output(options.path, target.filename)
-    done = target.write(loaded.model, loaded.tokenizer, output, loaded.record)
+    tokenizer = None if options.no_tokenizer else loaded.tokenizer
+    done = target.write(loaded.model, tokenizer, output, loaded.record)
     return describe(done)
 
 
@@ -77,8 +80,9 @@ def _checked(options: argparse.Namespace) -> str:
 
     loaded = load(options.path)
     console = Console()
+    tokenizer = None if options.no_tokenizer else loaded.tokenizer
     with console.capture() as text:
-        console.print(diagnosis_table(diagnose(loaded.model), f"{options.path} ({loaded.format})"))
+        console.print(diagnosis_table(diagnose(loaded.model, tokenizer), f"{options.path} ({loaded.format})"))
     return text.get().rstrip()
 
 
@@ -86,15 +90,20 @@ def _default_output(path: Path, filename: str) -> Path:
     """In a run's folder, or beside the folder or file that was read."""
     from bitnet.export.reading import RUN
 
+    path = path.resolve()  # "." has no name to go beside
+
     if (path / RUN).is_file():
         return path / filename
     return path.with_name(f"{path.stem if path.is_file() else path.name}-{filename}")
 
 
-def _quiet() -> None:
+def _quiet(threads: int | None) -> None:
+    import torch
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    if threads is not None:
+        torch.set_num_threads(threads)
 
 
 class _Verbatim(argparse.RawDescriptionHelpFormatter):

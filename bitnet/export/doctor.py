@@ -9,6 +9,7 @@ from bitnet.export.writing import exporter
 if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 TARGETS: tuple[tuple[str, dict[str, str]], ...] = (
     ("packed", {"layout": "i2"}),
@@ -40,10 +41,15 @@ class Diagnosis:
         return " ".join([f"--to {self.format}", *(f"--{key} {value}" for key, value in self.options.items())])
 
 
-def diagnose(model: "nn.Module", targets: Sequence[tuple[str, dict[str, str]]] = TARGETS) -> list[Diagnosis]:
-    """Ask every target about ``model``. Looks at types, shapes and settings only."""
+def diagnose(
+    model: "nn.Module",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    targets: Sequence[tuple[str, dict[str, str]]] = TARGETS,
+) -> list[Diagnosis]:
+    """Ask every target about ``model`` and ``tokenizer``. Looks at types, shapes and settings only."""
     return [
-        Diagnosis(format, options, tuple(exporter(format, **options).problems(model))) for format, options in targets
+        Diagnosis(format, options, tuple(exporter(format, **options).problems(model, tokenizer)))
+        for format, options in targets
     ]
 
 

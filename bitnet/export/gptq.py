@@ -77,7 +77,7 @@ class GPTQExporter:
     def filename(self) -> str:
         return "gptq"
 
-    def problems(self, model: nn.Module) -> list[str]:
+    def problems(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[str]:
         """See `bitnet.export.Exporter`."""
         from transformers import PreTrainedModel
 
@@ -107,7 +107,7 @@ class GPTQExporter:
         Raises:
             InputError: also for a zero point of 0 where ``checkpoint_format`` is "gptq".
         """
-        refuse_problems(self.problems(model), "a GPTQ checkpoint")
+        refuse_problems(self.problems(model, tokenizer), "a GPTQ checkpoint")
         refuse_non_finite(model)
         body = cast("PreTrainedModel", model)
         entry = self._entry(body, record or {})

@@ -107,7 +107,7 @@ class HuggingFaceExporter:
     def filename(self) -> str:
         return "hf" if self.weights == "auto" else f"hf-{self.weights}"
 
-    def problems(self, model: nn.Module) -> list[str]:
+    def problems(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[str]:
         """See `bitnet.export.Exporter`."""
         from transformers import PreTrainedModel
 
@@ -145,7 +145,7 @@ class HuggingFaceExporter:
         Beside the model there is one layer in memory while writing and comparing; transformers itself, which loads the
         folder at the end, needs memory for the whole model.
         """
-        refuse_problems(self.problems(model), f"a Hugging Face folder (weights={self.weights})")
+        refuse_problems(self.problems(model, tokenizer), f"a Hugging Face folder (weights={self.weights})")
         written: Any = model  # problems() has seen that it is transformers'
         refuse_non_finite(model)
         kind = self._kind(written)

@@ -84,7 +84,7 @@ class PackedExporter:
     def filename(self) -> str:
         return "packed"
 
-    def problems(self, model: nn.Module) -> list[str]:
+    def problems(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[str]:
         """See `bitnet.export.Exporter`."""
         from transformers import PreTrainedModel
 
@@ -108,7 +108,7 @@ class PackedExporter:
         """See `bitnet.export.Exporter`."""
         from transformers import PreTrainedModel
 
-        refuse_problems(self.problems(model), "a packed folder")
+        refuse_problems(self.problems(model, tokenizer), "a packed folder")
         assert isinstance(model, PreTrainedModel)
         refuse_non_finite(model)
         contents = f"codes and scales of {len(quantized_layers(model))} layers; the rest {REST[self.rest]}"

@@ -51,8 +51,8 @@ class Exporter(Protocol):
         """What it is called in a run's folder: "packed", "hf", "model-TQ2_0.gguf"."""
         ...
 
-    def problems(self, model: nn.Module) -> list[str]:
-        """Why the format cannot carry ``model``, each with what would make it fit; empty where it can.
+    def problems(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[str]:
+        """Why the format cannot carry ``model`` and ``tokenizer``, each with what would make it fit; empty where it can.
 
         Looks at types, shapes and settings only: no work, no memory.
         """

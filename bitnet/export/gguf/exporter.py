@@ -78,8 +78,8 @@ class GGUFExporter:
     def filename(self) -> str:
         return "model.gguf" if self.type == "auto" else f"model-{self.type}.gguf"
 
-    def problems(self, model: nn.Module) -> list[str]:
-        """Why the model does not fit, each with what would make it fit; looks at types, shapes and scales only."""
+    def problems(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[str]:
+        """See `bitnet.export.Exporter`. Looks at the values of scales, too."""
         try:
             architecture = architecture_of(model, self.type)
         except InputError as error:
@@ -100,6 +100,8 @@ class GGUFExporter:
             activation_entry(model)
         except InputError as error:
             found.append(str(error))
+        if tokenizer is not None:
+            found += tokenizer_problems(tokenizer, _config(model).vocab_size)
         return found
 
     def write(
@@ -118,10 +120,7 @@ class GGUFExporter:
         path = Path(path)
         if path.exists():
             raise InputError(f"{path} exists already: name a new file, or move this one away")
-        problems = self.problems(model)
-        if tokenizer is not None and not problems:
-            problems += tokenizer_problems(tokenizer, _config(model).vocab_size)
-        refuse_problems(problems, "GGUF")
+        refuse_problems(self.problems(model, tokenizer), "GGUF")
         refuse_non_finite(model)
         plan = _Plan(self, model)
         with atomic_file(path) as partial:
