@@ -18,10 +18,10 @@ the reference model (6.8M parameters, loss 3.711), fitted on 4,096 tokens and me
     one a channel, error behind the projection  +0.240    0.225
     this, and the projections refitted          +0.190    0.187
 
-So most of what is left is the size of the feed-forward's vectors (it varies by 26 to 65 % of its mean between tokens,
-that of attention by 12 to 17 %), which no fixed gain can restore: training has to. Fitting more did not pay.
+What is left comes from the sizes of the vectors (standard deviation between tokens: 26 to 65 % of the mean in the six
+feed-forwards, 12 to 22 % in attention), which no fixed gain can restore: training has to. Fitting more did not pay.
 
-Source: BitNet, arXiv:2310.11453; for pretrained models BitDistill, arXiv:2510.13998, which starts from gains of 1.
+Source: SubLN in BitNet, arXiv:2310.11453; for pretrained models BitDistill, arXiv:2510.13998. The fit is ours.
 """
 
 from typing import Any, cast

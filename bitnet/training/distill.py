@@ -16,7 +16,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -128,8 +128,8 @@ class AttentionRelations:
     batch, heads and tokens, sum over the projections. Positions are not rotated in yet.
 
     Args:
-        weight: of the term. The divergences are small: 1e3 to 1e5 is published for single tasks.
-        layer: of the list of blocks, from the end where negative: late ones are published.
+        weight: of the term. The divergences are small (1e-4 between models at toy size): weigh them high.
+        layer: of the list of blocks, from the end where negative.
         heads: that the outputs are split into, for student and teacher alike; it divides their widths.
         projections: names inside a block, their ends suffice.
 
@@ -219,7 +219,9 @@ class Distillation:
             raise InputError(f"distill.cross_entropy must be 0 or more, got {cross_entropy}")
         if teacher is None:
             raise InputError("distill.teacher is missing: give the directory of a trained model")
-        model = teacher if isinstance(teacher, nn.Module) else _read(teacher)
+        from bitnet.models import from_directory  # brings transformers
+
+        model = cast(nn.Module, teacher if isinstance(teacher, nn.Module) else from_directory(teacher))
         self.teacher = model.to(DTYPES[dtype]).eval().requires_grad_(False)
         self.cross_entropy = cross_entropy
         self._student, self._teacher = _Taps(), _Taps()
@@ -320,12 +322,6 @@ class _Taps:
             seen[name] = output[0] if isinstance(output, tuple) else output
 
         return hook
-
-
-def _read(path: str | Path) -> nn.Module:
-    from bitnet.models import from_directory  # transformers: only where a folder is to be read
-
-    return from_directory(path)
 
 
 def _pair(student: Seen, teacher: Seen, name: str) -> tuple[Tensor, Tensor]:
