@@ -23,13 +23,19 @@ from bitnet.quant import (
     Quantizer,
     absmax,
     absmax_b1,
+    absmean_int4,
     pack,
     unpack,
     zero_point,
 )
 from bitnet.quant.packed import is_packable
 
-QUANTIZERS = {"absmax": absmax, "absmax_b1": absmax_b1, "zero_point": zero_point}  # of inputs, by name
+QUANTIZERS = {  # of inputs, by name
+    "absmax": absmax,
+    "absmax_b1": absmax_b1,
+    "absmean_int4": absmean_int4,
+    "zero_point": zero_point,
+}
 ODD_CODES = "o2"  # layout of -3, -1, +1, +3
 HOMES = ("bitnet.quant.", "bitnet.ptq.")  # modules whose dataclasses may be named
 

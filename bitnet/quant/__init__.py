@@ -2,6 +2,7 @@
 
 from bitnet.quant.absmax import absmax, absmax_b1
 from bitnet.quant.absmean import absmean_ternary
+from bitnet.quant.absmean_int4 import absmean_int4
 from bitnet.quant.grid import Grid
 from bitnet.quant.grouping import Granularity
 from bitnet.quant.histogram import Histogram
@@ -30,6 +31,7 @@ __all__ = [
     "StaticActivation",
     "absmax",
     "absmax_b1",
+    "absmean_int4",
     "absmean_ternary",
     "centred_sign",
     "fake_quantize",

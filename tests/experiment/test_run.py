@@ -15,7 +15,8 @@ from bitnet.experiment.run import run
 from bitnet.experiment.settings import resumed
 from bitnet.export import load
 from bitnet.models import from_directory
-from bitnet.nn import QuantizedLinear
+from bitnet.nn import PackedLinear, QuantizedLinear
+from bitnet.quant import absmean_int4
 from bitnet.report import RunRecord
 
 
@@ -80,6 +81,15 @@ def test_every_quantizer_trains_freezes_exactly_and_is_packed(tiny, tmp_path, qu
     loaded = load(tmp_path / "run" / "packed").model
     counted = [layer for layer in loaded.modules() if isinstance(layer, QuantizedLinear)]
     assert {layer.weight.levels for layer in counted} == {{"lsq": 16, "seq": 4, "int4": 15, "int8": 255}[quantizer]}
+
+
+def test_four_bit_inputs_train_freeze_exactly_and_are_packed(tiny, tmp_path):
+    latent, frozen = run(tiny("activation=a4", "export=packed"))
+    assert frozen.nll == latent.nll
+    loaded = load(tmp_path / "run" / "packed").model
+    packed = [layer for layer in loaded.modules() if isinstance(layer, PackedLinear)]
+    assert packed
+    assert all(layer.activation.func is absmean_int4 for layer in packed)
 
 
 def test_a_twin_is_trained_on_the_same_tokens_and_gives_the_gap(tiny, tmp_path, capsys):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bitnet import BitLinear, BitLinear158
-from bitnet.quant import LSQ, SEQ, Grid, absmean_ternary, zero_point
+from bitnet.quant import LSQ, SEQ, Grid, absmean_int4, absmean_ternary, zero_point
 
 LAYERS = [
     BitLinear,
@@ -18,7 +18,7 @@ LAYERS = [
     partial(BitLinear158, quantizer=partial(absmean_ternary, granularity="row")),
     partial(BitLinear158, quantizer=partial(absmean_ternary, granularity=20)),
     partial(BitLinear158, activation=zero_point),
-    partial(BitLinear158, quantizer=SEQ(2)),
+    partial(BitLinear158, quantizer=SEQ(2), activation=absmean_int4),
     partial(BitLinear158, quantizer=LSQ(4, 20)),
     partial(BitLinear158, quantizer=Grid(4, symmetric=True, granularity=20)),
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bitnet import BitLinear, BitLinear158, InputError, QuantizedLinear
-from bitnet.quant import absmax, absmean_ternary, centred_sign, zero_point
+from bitnet.quant import absmax, absmean_int4, absmean_ternary, centred_sign, zero_point
 
 LAYERS = [
     BitLinear,
@@ -17,6 +17,7 @@ LAYERS = [
     partial(BitLinear, quantizer=partial(centred_sign, granularity="row")),
     partial(BitLinear158, quantizer=partial(zero_point, bits=4)),
     partial(BitLinear158, activation=zero_point),
+    partial(BitLinear158, activation=absmean_int4),
 ]
 
 

@@ -8,9 +8,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bitnet.errors import InputError
-from bitnet.quant import QTensor, absmax, absmax_b1, absmean_ternary, centred_sign, fake_quantize, zero_point
+from bitnet.quant import (
+    QTensor,
+    absmax,
+    absmax_b1,
+    absmean_int4,
+    absmean_ternary,
+    centred_sign,
+    fake_quantize,
+    zero_point,
+)
 
-WEIGHT_QUANTIZERS = [absmean_ternary, centred_sign, partial(absmax, bits=4), partial(zero_point, bits=3)]
+QUANTIZERS = [absmean_ternary, centred_sign, absmean_int4, partial(absmax, bits=4), partial(zero_point, bits=3)]
 GRANULARITIES = ["tensor", "row", 8, 5]
 
 
@@ -23,7 +32,7 @@ def tailed(rows: int, columns: int, seed: int, scale: float = 0.02) -> torch.Ten
     return weight
 
 
-@pytest.mark.parametrize("quantizer", WEIGHT_QUANTIZERS)
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
 @given(
     rows=st.integers(1, 9),
     columns=st.integers(1, 37),
@@ -49,7 +58,7 @@ def test_rounding_to_a_covering_range_errs_by_half_a_step_at_most(quantizer, see
     assert ((q.dequantize() - weight).abs() <= half_step * (1 + 1e-5)).all()
 
 
-@pytest.mark.parametrize("quantizer", [absmean_ternary, centred_sign, absmax, absmax_b1, zero_point])
+@pytest.mark.parametrize("quantizer", [absmean_ternary, absmean_int4, centred_sign, absmax, absmax_b1, zero_point])
 @given(seed=st.integers(0, 99), power=st.integers(-6, 6))
 def test_a_scaled_weight_has_the_same_codes_and_a_scaled_scale(quantizer, seed, power):
     weight = tailed(5, 16, seed)
@@ -58,7 +67,7 @@ def test_a_scaled_weight_has_the_same_codes_and_a_scaled_scale(quantizer, seed, 
     assert torch.equal(q.scale * 2.0**power, scaled.scale)
 
 
-@pytest.mark.parametrize("quantizer", [absmean_ternary, centred_sign, absmax, absmax_b1, zero_point])
+@pytest.mark.parametrize("quantizer", [absmean_ternary, absmean_int4, centred_sign, absmax, absmax_b1, zero_point])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_all_zeros_give_finite_values_and_a_positive_scale(quantizer, granularity):
     q = quantizer(torch.zeros(3, 16), granularity=granularity)
@@ -66,7 +75,7 @@ def test_all_zeros_give_finite_values_and_a_positive_scale(quantizer, granularit
     assert q.dequantize().abs().max() <= 1e-5  # signs have no zero: their step is the clamped statistic
 
 
-@pytest.mark.parametrize("quantizer", [absmean_ternary, centred_sign, absmax, zero_point])
+@pytest.mark.parametrize("quantizer", [absmean_ternary, absmean_int4, centred_sign, absmax, zero_point])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_value_that_is_not_finite_is_not_lost(quantizer, bad):
     weight = tailed(4, 8, 0)
@@ -74,7 +83,7 @@ def test_a_value_that_is_not_finite_is_not_lost(quantizer, bad):
     assert not torch.isfinite(quantizer(weight, granularity="tensor").dequantize()).any()
 
 
-@pytest.mark.parametrize("quantizer", [absmean_ternary, centred_sign, absmax, zero_point])
+@pytest.mark.parametrize("quantizer", [absmean_ternary, absmean_int4, centred_sign, absmax, zero_point])
 def test_a_quantizer_leaves_its_argument_as_it_was(quantizer):
     weight = tailed(4, 8, 0)
     before = weight.clone()
@@ -120,6 +129,16 @@ def test_absmax_has_one_scale_a_token():
     torch.testing.assert_close(q.scale[..., 0], x.abs().amax(-1) / 127)
 
 
+def test_four_bit_activations_are_the_published_formula_with_seven_codes_above_zero_and_eight_below():
+    x = tailed(6, 40, 4).double()
+    x[2, 3] = -0.4  # an outlier on the negative side
+    mean = x.abs().mean(-1, keepdim=True)
+    q = absmean_int4(x.float())
+    assert torch.equal(q.qdata.double(), (x * 7**0.5 / mean).round().clamp(-8, 7))
+    assert (q.qdata.min(), q.qdata.max()) == (-8, 7)
+    torch.testing.assert_close(q.scale.double(), mean / 7**0.5)
+
+
 def test_small_inputs_keep_their_codes_because_the_statistic_is_clamped_not_the_scale():
     tiny = torch.tensor([[2e-5, -1e-5]])
     assert absmax(tiny).qdata.tolist() == [[127, -64]]
@@ -156,7 +175,7 @@ def test_an_unknown_granularity_is_refused(granularity):
         absmean_ternary(torch.randn(2, 4), granularity=granularity)
 
 
-@pytest.mark.parametrize("quantizer", [absmean_ternary, centred_sign, absmax, zero_point])
+@pytest.mark.parametrize("quantizer", [absmean_ternary, absmean_int4, centred_sign, absmax, zero_point])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fake_quantize_has_the_value_of_the_codes_and_the_gradient_of_the_input(quantizer, dtype):
     x = tailed(5, 12, 3).to(dtype).requires_grad_()
