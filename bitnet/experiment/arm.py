@@ -104,9 +104,14 @@ class Arm:
 
 
 def refuse_exports(cfg: DictConfig, model: PreTrainedModel, data: TextDataModule) -> None:
-    """Raise InputError where a format that the configuration asks for cannot carry ``model`` or the data's tokenizer."""
+    """Raise InputError where a format that is asked for cannot carry ``model`` or the data's tokenizer."""
     for name, exporter in build_all(cfg.export).items():
         refuse_problems(exporter.problems(model, data.tokenizer), f"export={name}")
+
+
+def all_exported(cfg: DictConfig, directory: Path) -> bool:
+    """Whether everything that the configuration asks for is in a run's folder."""
+    return all((directory / exporter.filename).exists() for exporter in build_all(cfg.export).values())
 
 
 @cache

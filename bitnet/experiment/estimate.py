@@ -51,7 +51,7 @@ def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:
 def _of_exports(model: nn.Module) -> dict[str, str]:
     """Which formats will hold every code as it was trained, and why the others will not."""
     targets = [target for target in TARGETS if not set(target[1].values()) & NOT_CODES]
-    found = diagnose(model, targets)
+    found = diagnose(model, targets=targets)
     return {
         "exports that keep every code": "\n".join(each.command for each in found if not each.problems),
         "exports that do not fit": "\n".join(

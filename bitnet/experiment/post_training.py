@@ -62,7 +62,7 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         directory=directory / UNFINISHED,
         progress=ConsoleProgress(terminal()),
     )
-    refuse_exports(cfg, model)
+    refuse_exports(cfg, model, arm.data)
     _tell_damping(cfg, results)
     _write_layers(arm, results)
     figures = arm.measure(model, original)

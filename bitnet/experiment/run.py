@@ -19,7 +19,16 @@ from transformers.utils import logging as transformers_logging
 from bitnet.data.datamodule import TextDataModule
 from bitnet.data.tokenizer import check_vocabulary, read_tokenizer
 from bitnet.errors import InputError
-from bitnet.experiment.arm import LATENT_RECORD, RECORD, REFERENCE_RECORD, Arm, Fit, Started, refuse_exports
+from bitnet.experiment.arm import (
+    LATENT_RECORD,
+    RECORD,
+    REFERENCE_RECORD,
+    Arm,
+    Fit,
+    Started,
+    all_exported,
+    refuse_exports,
+)
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.measure import Measure
 from bitnet.experiment.post_training import calibration_windows, quantize_afterwards
@@ -92,8 +101,8 @@ def _run_arms(cfg: DictConfig, directory: Path, console: Console) -> list[RunRec
 
 
 def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
-    """One model from its first step to its record; one that has its record already is read back."""
-    if (directory / RECORD).exists():
+    """One model from its first step to its record; one that has its record and its exports already is read back."""
+    if (directory / RECORD).exists() and all_exported(cfg, directory):
         names = (REFERENCE_RECORD, LATENT_RECORD, RECORD)
         found = [directory / name for name in names if (directory / name).exists()]
         return [RunRecord.read(path) for path in found]
@@ -102,7 +111,7 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     data = _build_data(cfg)
     model = _build_model(cfg, data)
     if not cfg.ptq:  # what it quantizes to is not there yet
-        refuse_exports(cfg, model)
+        refuse_exports(cfg, model, data)
     fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
     if process_rank() != 0:
         return []  # what follows is one process's work

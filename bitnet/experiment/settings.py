@@ -233,7 +233,7 @@ def discard_if_unused(directory: Path) -> None:
 
 
 def resumed(cfg: DictConfig) -> DictConfig:
-    """The settings that the run in ``cfg.resume`` was started with. Only ``threads`` may be given anew.
+    """The settings that the run in ``cfg.resume`` was started with. Only ``threads`` and ``export`` may be given anew.
 
     Raises:
         InputError: no run is there, or the command line gives settings of its own.
@@ -241,7 +241,9 @@ def resumed(cfg: DictConfig) -> DictConfig:
     directory = Path(cfg.resume)
     if not (directory / SETTINGS).is_file():
         raise InputError(f"resume must be a run's folder (one with a {SETTINGS} in it), got {directory}")
-    others = [each for each in _overrides() if each.split("=")[0] not in ("resume", "threads")]
+    exports = [each for each in _overrides() if each.split("=")[0].split(".")[0] == "export"]
+    free = ("resume", "threads")
+    others = [each for each in _overrides() if each.split("=")[0] not in free and each not in exports]
     if others:
         raise InputError(
             f"resume goes on with the run's own settings, so {' '.join(others)} has no meaning: leave it out"
@@ -249,6 +251,8 @@ def resumed(cfg: DictConfig) -> DictConfig:
     settings = OmegaConf.load(directory / SETTINGS)
     assert isinstance(settings, DictConfig)
     OmegaConf.update(settings, "resume", str(directory))
+    if exports:
+        settings.export = cfg.export
     if cfg.threads is not None:
         OmegaConf.update(settings, "threads", cfg.threads)
     return settings

@@ -52,7 +52,7 @@ class Exporter(Protocol):
         ...
 
     def problems(self, model: nn.Module, tokenizer: "PreTrainedTokenizerBase | None" = None) -> list[str]:
-        """Why the format cannot carry ``model`` and ``tokenizer``, each with what would make it fit; empty where it can.
+        """Why the format cannot carry ``model`` and ``tokenizer``, each with what would make it fit; empty if it can.
 
         Looks at types, shapes and settings only: no work, no memory.
         """

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitnet.errors import InputError
 from bitnet.experiment import run as experiment
+from bitnet.experiment import settings
 from bitnet.experiment.run import run
 from bitnet.experiment.settings import resumed
 from bitnet.export import load
@@ -138,6 +139,15 @@ def test_a_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(tiny, tmp_path
 def test_a_finished_run_resumes_to_its_record(tiny, tmp_path):
     records = run(tiny())
     assert run(tiny(f"resume={tmp_path / 'run'}")) == records
+
+
+def test_a_finished_run_is_exported_again_by_resuming_it(tiny, tmp_path, monkeypatch):
+    records = run(tiny("export=none"))
+    given = [f"resume={tmp_path / 'run'}", "export=packed", "export.packed.layout=t5"]
+    monkeypatch.setattr(settings, "_overrides", lambda: given)
+    again = run(tiny(*given))
+    assert [record.nll for record in again] == [record.nll for record in records]
+    assert '"t5"' in (tmp_path / "run" / "packed" / "bitnet.json").read_text()
 
 
 def test_a_run_that_stopped_after_its_export_is_finished_by_resuming(tiny, tmp_path):
