@@ -22,7 +22,7 @@ from bitnet.export.gguf.verify import verify
 from bitnet.export.gguf.weights import Grid, encode, i2_s_tail, type_for
 from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, weight_of
 from bitnet.export.protocol import Exported, refuse_problems
-from bitnet.files import atomic_file
+from bitnet.files import new_file
 from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedModule
 from bitnet.quant import PackedTensor, QTensor, QuantizedWeight
 from bitnet.quant.ggml import GGMLWeight, absmax_blocks
@@ -118,12 +118,10 @@ class GGUFExporter:
             ExportError: what was written does not give the model back, here or in llama.cpp. Nothing is left behind.
         """
         path = Path(path)
-        if path.exists():
-            raise InputError(f"{path} exists already: name a new file, or move this one away")
         refuse_problems(self.problems(model, tokenizer), "GGUF")
         refuse_non_finite(model)
         plan = _Plan(self, model)
-        with atomic_file(path) as partial:
+        with new_file(path) as partial:
             pairs = plan.pairs(record) | tokenizer_pairs(tokenizer, _config(model).vocab_size)
             write_container(partial, pairs, list(plan.blobs()))
             figures = verify(partial, model, tokenizer, plan.stored_dense, self.scale)
