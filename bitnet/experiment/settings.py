@@ -103,6 +103,8 @@ def check(cfg: DictConfig) -> None:
     for term in ("logits", "hidden", "relations"):
         if (cfg.get("distill") or {}).get(term):
             build(cfg.distill[term])  # refuses values, before any work
+    if cfg.model.get("subln") and cfg.model.path is None:
+        raise InputError("model.subln=true goes into a pretrained model: give model.path=DIR, or model.body=bitnet")
     if cfg.twin_lr is not None and not cfg.twin:
         raise InputError("twin_lr is the learning rate of the twin: add twin=dense, or set optim.lr")
     _check_scalars(cfg)

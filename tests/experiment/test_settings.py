@@ -44,6 +44,7 @@ CONFIG = Path(__file__).parents[2] / "conf"
         (["twin_lr=1e-3"], "add twin=dense"),
         (["ptq=gptq"], "ptq=gptq quantizes a full-precision model after its training: choose model=hf or model=dense"),
         (["model=dense", "ptq=gptq", "quantizer=sign"], "leave out quantizer="),
+        (["model.subln=true"], "model.subln=true goes into a pretrained model: give model.path=DIR"),
         (["distill=logits"], "distill= needs a teacher: give distill.teacher=DIR"),
         (["distill=logits", "fit=false", "model.path=x"], "distill= is a part of training"),
         (["distill=logits", "distill.teacher=x", "distill.logits.temperature=0"], "must be a positive number, got 0"),

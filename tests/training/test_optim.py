@@ -9,6 +9,7 @@ from bitnet import BitLinear158
 from bitnet.errors import InputError
 from bitnet.quant import LSQ
 from bitnet.training import adamw
+from bitnet.training.optim import lost_share
 
 
 def _decay_by_name(model):
@@ -77,3 +78,16 @@ def test_half_precision_would_lose_most_updates():
     half = weight.bfloat16()
     lost = (half - 2e-5 == half).float().mean().item()
     assert lost == pytest.approx(0.695, abs=0.01)
+
+
+def test_half_precision_is_refused_with_the_share_of_updates_that_it_would_lose():
+    torch.manual_seed(0)
+    weight = (0.02 * torch.randn(200_000)).bfloat16()
+    moved = (weight.double() - 2e-5).bfloat16() != weight
+    assert lost_share(weight, 2e-5) == pytest.approx(1 - float(moved.float().mean()), abs=2e-3)
+    assert lost_share(weight, 2e-5) == pytest.approx(0.695, abs=5e-3)
+    assert lost_share(weight.float(), 2e-5) == 0
+    layer = nn.Linear(8, 8, bias=False, dtype=torch.bfloat16)
+    nn.init.ones_(layer.weight)
+    with pytest.raises(InputError, match=r"learning rate 1e-05 would leave 100\.0% of them as they are"):
+        adamw(layer, lr=1e-5, weight_decay=0.1)
