@@ -48,6 +48,7 @@ def test_a_weight_read_back_from_a_file_has_the_same_codes_and_as_many_bits(name
     stored = store_weight(weight, "t5")
     back = restore_weight(stored.entry, stored.tensors)
     assert torch.equal(back.dequantize(), weight.dequantize())
+    assert getattr(back, "odd", False) == weight.odd
     assert back.bits_per_weight == pytest.approx(weight.bits_per_weight)
     codes = next(tensor for field, tensor in stored.tensors.items() if field in ("codes", "packed"))
     assert codes.numel() * 8 / weight.qdata.numel() <= {2: 1, 3: 1.7, 4: 2, 16: 4, 15: 4, 255: 8}[weight.levels]
