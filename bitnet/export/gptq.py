@@ -42,6 +42,7 @@ from bitnet.export.parity import (
 from bitnet.export.protocol import Exported, ExportError, refuse_problems
 from bitnet.export.tensorfile import header_room, write_tensors
 from bitnet.files import atomic_directory
+from bitnet.models.generation_config import write_generation
 from bitnet.nn import QuantizedEmbedding, QuantizedLinear
 from bitnet.quant import QTensor
 
@@ -172,8 +173,13 @@ def _reasons(layer: nn.Module, plain: nn.Module) -> list[str]:
     if not isinstance(layer, QuantizedLinear):
         return ["it has ternary or sign codes of its own training: use export=packed, hf or gguf"]
     if not isinstance(layer.weight, QTensor) or layer.weight.levels > 2 ** max(BITS):
-        return [f"its weight is a {type(layer.weight).__name__}: only codes on a uniform grid fit (ptq=gptq, hqq, rtn)"]
+        return [
+            f"its weight is a {type(layer.weight).__name__}: only codes on a uniform grid of whole zero points fit "
+            "(ptq=absmax, zeropoint, gptq or gptq_refined)"
+        ]
     weight, found = layer.weight, list[str]()
+    if weight.odd:
+        return ["its codes are odd numbers around 0, the format's whole steps around a zero point: use export=packed"]
     if layer.activation is not None:
         found.append("its inputs are quantized, which the format does not describe: use export=packed or hf")
     if weight.scale.dtype != torch.float16:
@@ -245,8 +251,7 @@ def _write_config(model: "PreTrainedModel", entry: Mapping[str, Any], dtype: str
     values = {**json.loads(file.read_text(encoding="utf-8")), "quantization_config": entry}
     for path, content in ((file, values), (folder / "quantize_config.json", entry)):
         path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    write_generation(model, folder)
 
 
 def _card(holds: str, entry: Mapping[str, Any], record: Mapping[str, Any] | None) -> str:

@@ -42,6 +42,7 @@ from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.export.tensorfile import header_room, write_tensors
 from bitnet.files import atomic_directory
 from bitnet.models.build import DEQUANTIZED
+from bitnet.models.generation_config import write_generation
 from bitnet.nn import BitLinear
 from bitnet.nn.linears import is_conv1d
 from bitnet.quant import QTensor
@@ -230,8 +231,7 @@ def _write_config(model: "PreTrainedModel", kind: str, dtype: str, folder: Path)
     config.save_pretrained(folder)
     if kind == "latent" or kind in PACKED:
         _declare(folder / "config.json", kind, hf_bitnet.left_dense(model))
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    write_generation(model, folder)
 
 
 def _declare(config_file: Path, kind: str, left_dense: list[str]) -> None:

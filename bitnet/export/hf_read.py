@@ -19,6 +19,7 @@ from bitnet.export.reading import Loaded
 from bitnet.export.tensorfile import TensorFile
 from bitnet.models.build import DEQUANTIZED
 from bitnet.models.empty import empty_causal_lm
+from bitnet.models.generation_config import read_generation
 from bitnet.models.pretrained import config_of, from_directory
 from bitnet.nn import QuantizedLinear
 from bitnet.quant import QTensor, absmax, absmean_ternary
@@ -220,8 +221,6 @@ def _converted(model: "PreTrainedModel", entry: dict[str, Any]) -> set[str]:
 
 def _empty(path: Path, most_layers: int) -> "PreTrainedModel":
     """The body of config.json without memory. A file has a tensor a layer at least, which bounds the number of them."""
-    from transformers import GenerationConfig
-
     config = config_of(path)
     layers = config.get("num_hidden_layers", config.get("n_layer", 0))
     if not isinstance(layers, int) or not 0 <= layers <= most_layers:
@@ -230,11 +229,7 @@ def _empty(path: Path, most_layers: int) -> "PreTrainedModel":
         config.pop(name, None)
     model = empty_causal_lm(config)
     model.config.dtype = torch.float32
-    if (path / "generation_config.json").is_file():
-        try:
-            model.generation_config = GenerationConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"{path}/generation_config.json cannot be used: {error}") from error
+    model.generation_config = read_generation(path) or model.generation_config
     return model
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bitnet.errors import InputError
+from bitnet.models.generation_config import read_generation
 
 
 def from_directory(path: str | Path) -> PreTrainedModel:
@@ -25,11 +26,13 @@ def from_directory(path: str | Path) -> PreTrainedModel:
     """
     path = Path(path)
     _refuse_quantized(path, config_of(path).get("quantization_config"))
+    generation = read_generation(path)  # transformers ignores a damaged one
     with _causal_lm(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, config=_config(path), dtype=torch.float32, output_loading_info=True, **LOCAL
         )
         model, report = loaded
+    model.generation_config = generation or model.generation_config
     _refuse_incomplete(path, report)
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 from bitnet.errors import InputError
 from bitnet.export import gptq
@@ -17,7 +17,7 @@ from bitnet.export.gptq_layout import from_tensors, pack_words, to_tensors, unpa
 from bitnet.export.protocol import ExportError
 from bitnet.models import Size, from_directory, from_scratch
 from bitnet.nn import QuantizedLinear, convert, freeze
-from bitnet.ptq import Driver, RoundToNearest, quantize
+from bitnet.ptq import HQQ, Driver, RoundToNearest, quantize
 from bitnet.quant import QTensor, absmax
 
 BITS = [2, 3, 4, 8]
@@ -217,6 +217,15 @@ def ternary() -> PreTrainedModel:
     return model
 
 
+def odd() -> PreTrainedModel:
+    model = quantized()
+    for block in model.model.layers:
+        codes = torch.tensor([-3, -1, 1, 3], dtype=torch.int8).repeat(64, 24)
+        scale = torch.ones(64, 1, dtype=torch.float16)
+        block.mlp.down_proj = QuantizedLinear(QTensor(codes, scale, levels=4, odd=True))
+    return model
+
+
 def mixed() -> PreTrainedModel:
     model = quantized(4, exclude=("down_proj",))
     quantize_rest(model)
@@ -266,6 +275,7 @@ MISFITS = [
     (narrow, "out_features must be a multiple of 32, got 72"),
     (narrow, "in_features must be a multiple of the group size, got 72 and 32"),
     (gpt2, "it is a Conv1D"),
+    (odd, "its codes are odd numbers"),
     (mixed, "4 bits with groups of 32"),
     (lambda: nn.Linear(4, 4), "expected a transformers model"),
 ]
@@ -383,3 +393,17 @@ def test_writing_leaves_the_model_as_it_was(tmp_path):
     assert model.training
     assert model.config.to_dict() == settings
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_how_the_model_generates_survives_whatever_transformers_thinks_of_it(tmp_path):
+    model = quantized()
+    model.generation_config = GenerationConfig(temperature=0.6, eos_token_id=[1, 7])  # without do_sample
+    found = read(write(model, tmp_path / "out")).model.generation_config
+    assert (found.temperature, found.eos_token_id) == (0.6, [1, 7])
+
+
+def test_what_the_format_does_not_hold_names_methods_that_it_does():
+    model = tiny()
+    quantize(model, HQQ(), torch.randint(128, (2, 16)))
+    [reason] = GPTQExporter().problems(model)
+    assert "ptq=absmax, zeropoint, gptq or gptq_refined" in reason

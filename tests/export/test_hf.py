@@ -11,6 +11,7 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -323,3 +324,20 @@ def test_post_training_results_are_written_as_their_exact_values(kind, tmp_path)
     ids = torch.randint(128, (2, 9))
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [tiny, b158])
+def test_how_the_model_generates_survives_whatever_transformers_thinks_of_it(make, tmp_path):
+    model = make()
+    model.generation_config = GenerationConfig(temperature=0.6, eos_token_id=[1, 7])  # without do_sample
+    found = hf.read(write(model, tmp_path / "out")).model.generation_config
+    assert (found.temperature, found.eos_token_id) == (0.6, [1, 7])
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"watermarking_config": 3}'])
+def test_damaged_generation_settings_are_refused(text, tmp_path):
+    for model in (tiny(), b158()):
+        path = write(model, tmp_path / type(model.model.layers[0].mlp.up_proj).__name__)
+        (path / "generation_config.json").write_text(text)
+        with pytest.raises(InputError, match=r"generation_config\.json"):
+            hf.read(path)

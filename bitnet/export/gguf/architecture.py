@@ -281,11 +281,11 @@ def read_config(file: Container) -> tuple[Architecture, dict[str, Any]]:
         "num_key_value_heads": groups,
         "head_dim": size,
         "hidden_act": architecture.activation,
-        "max_position_embeddings": file.integer(prefix + "context_length"),
-        "rms_norm_eps": _as_written(file.number(prefix + "attention.layer_norm_rms_epsilon")),
+        "max_position_embeddings": _context(file, prefix),
+        "rms_norm_eps": _epsilon(file, prefix),
         "rope_parameters": _rope(file, prefix),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        **_marks(file),
+        **_marks(file, vocabulary),
         **_biased(architecture, file),
     }
     return architecture, config
@@ -308,11 +308,25 @@ def _shapes(file: Container) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _context(file: Container, prefix: str) -> int:
+    length = file.integer(prefix + "context_length")
+    if length < 1:
+        raise InputError(f"{file.path}: {prefix}context_length must be 1 or more, got {length}: the file is damaged")
+    return length
+
+
+def _epsilon(file: Container, prefix: str) -> float:
+    epsilon = _as_written(file.number(key := prefix + "attention.layer_norm_rms_epsilon"))
+    if not 0 < epsilon < 1:
+        raise InputError(f"{file.path}: {key} must lie between 0 and 1, got {epsilon}: the file is damaged")
+    return epsilon
+
+
 def _rope(file: Container, prefix: str) -> dict[str, Any]:
-    rope: dict[str, Any] = {
-        "rope_type": "default",
-        "rope_theta": _as_written(file.number(prefix + "rope.freq_base", 1e4)),
-    }
+    base = _as_written(file.number(key := prefix + "rope.freq_base", 1e4))
+    if base < 1:  # usual are 1e4 to 1e7; near 0 the angles overflow
+        raise InputError(f"{file.path}: {key} must be 1 or more, got {base}: the file is damaged")
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     factor = _as_written(file.number(prefix + "rope.scaling.factor", 1.0))
     kind = file.text(prefix + "rope.scaling.type", "linear")
     if kind not in ("none", "linear") or factor <= 0:
@@ -320,10 +334,14 @@ def _rope(file: Container, prefix: str) -> dict[str, Any]:
     return rope | {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1.0 else rope
 
 
-def _marks(file: Container) -> dict[str, int | None]:
-    keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    stored = {ours: f"tokenizer.ggml.{theirs}_token_id" for ours, theirs in keys.items()}
-    return {ours: file.integer(key) if key in file.pairs else None for ours, key in stored.items()}
+def _marks(file: Container, vocabulary: int) -> dict[str, int | None]:
+    marks = dict[str, int | None]()
+    for ours, theirs in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        marks[ours] = file.integer(key) if key in file.pairs else None
+        if (marks[ours] or 0) >= vocabulary:
+            raise InputError(f"{file.path}: {key} is {marks[ours]}, and the model has {vocabulary} tokens")
+    return marks
 
 
 def _as_written(number: float) -> float:

@@ -15,14 +15,15 @@ from bitnet.errors import InputError
 from bitnet.export.gguf.activations import KEY, activation_entry
 from bitnet.export.gguf.architecture import Architecture, architecture_of, body_problems, interleave, settings
 from bitnet.export.gguf.container import Blob, Value, write_container
-from bitnet.export.gguf.reader import RECORD
-from bitnet.export.gguf.tokenizer import tokenizer_pairs, tokenizer_problems
+from bitnet.export.gguf.reader import GENERATION, RECORD
+from bitnet.export.gguf.tokenizer import ends_of, tokenizer_pairs, tokenizer_problems
 from bitnet.export.gguf.types import DENSE, PIECE, SIGNS, TYPES, TensorType, is_finite
 from bitnet.export.gguf.verify import verify
 from bitnet.export.gguf.weights import Grid, encode, i2_s_tail, type_for
 from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, weight_of
 from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.files import new_file
+from bitnet.models.generation_config import generation_entry
 from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedModule
 from bitnet.quant import PackedTensor, QTensor, QuantizedWeight
 from bitnet.quant.ggml import GGMLWeight, absmax_blocks
@@ -122,7 +123,7 @@ class GGUFExporter:
         refuse_non_finite(model)
         plan = _Plan(self, model)
         with new_file(path) as partial:
-            pairs = plan.pairs(record) | tokenizer_pairs(tokenizer, _config(model).vocab_size)
+            pairs = plan.pairs(record) | tokenizer_pairs(tokenizer, _config(model).vocab_size, ends_of(model))
             write_container(partial, pairs, list(plan.blobs()))
             figures = verify(partial, model, tokenizer, plan.stored_dense, self.scale)
             size = partial.stat().st_size
@@ -209,6 +210,8 @@ class _Plan:
             KEY: Value("str", json.dumps(activation_entry(self.model))),
             **settings(self.architecture, _config(self.model)),
         }
+        if (generation := generation_entry(self.model)) is not None:
+            pairs[GENERATION] = Value("str", json.dumps(generation))
         if record:
             pairs[RECORD] = Value("str", json.dumps(record))
         return pairs

@@ -22,13 +22,15 @@ from bitnet.export.gguf.types import DENSE, SIGNS, is_finite
 from bitnet.export.gguf.weights import decode
 from bitnet.export.reading import Loaded
 from bitnet.models.empty import empty_causal_lm
+from bitnet.models.generation_config import generation_from
 from bitnet.nn import QuantizedEmbedding, QuantizedLinear
 from bitnet.quant import QuantizedWeight, Quantizer, absmax
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
 RECORD = "bitnet_qat.record"
+GENERATION = "bitnet_qat.generation"
 
 
 class GGUFFile:
@@ -44,6 +46,7 @@ class GGUFFile:
         self.architecture: Architecture = architecture
         self.empty = empty_causal_lm(config)
         self.config: Any = self.empty.config
+        self.empty.generation_config = self._generation() or self.empty.generation_config
         self.activation = self._activation()
         self._refuse_other_tensors()
 
@@ -105,11 +108,21 @@ class GGUFFile:
         """The run that made the model, where the file keeps one."""
         try:
             record = json.loads(self.container.text(RECORD, "{}"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{self.container.path}: {RECORD} is no json: the file is damaged") from error
         if not isinstance(record, dict):
             raise InputError(f"{self.container.path}: {RECORD} must be a json object")
         return record
+
+    def _generation(self) -> "GenerationConfig | None":
+        if GENERATION not in self.container.pairs:
+            return None
+        where = f"{self.container.path}: {GENERATION}"
+        try:
+            entry = json.loads(self.container.text(GENERATION))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where} is no json: the file is damaged") from error
+        return generation_from(entry, where, self.config.vocab_size)
 
     def _activation(self) -> Quantizer | None:
         if KEY in self.container.pairs:

@@ -13,8 +13,10 @@ A file with a SentencePiece vocabulary (``tokenizer.ggml.model`` llama) is read 
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from bitnet.errors import InputError
 from bitnet.export.gguf.container import Container, Value
@@ -58,7 +60,10 @@ def tokenizer_problems(tokenizer: "PreTrainedTokenizerBase", entries: int) -> It
     stored = json.loads(backend.to_str())
     model = stored["model"]
     if model["type"] != "BPE" or (stored.get("decoder") or {}).get("type") != "ByteLevel":
-        yield f"the tokenizer is {model['type']} and not byte-level BPE: export without a tokenizer (tokenizer=None)"
+        yield (
+            f"the tokenizer is {model['type']} and not byte-level BPE: export without a tokenizer (tokenizer=None, or "
+            "--no-tokenizer on the command line)"
+        )
         return
     pre = _name_of(stored)
     if pre is None:
@@ -84,10 +89,20 @@ def tokenizer_problems(tokenizer: "PreTrainedTokenizerBase", entries: int) -> It
         yield "the tokenizer puts other tokens around a text than its begin and end"
 
 
-def tokenizer_pairs(tokenizer: "PreTrainedTokenizerBase | None", entries: int) -> dict[str, Value]:
+def ends_of(model: nn.Module) -> list[int]:
+    """Ids with which ``model`` ends a text, as its generation settings say."""
+    config: Any = getattr(model, "generation_config", None)
+    ends = getattr(config, "eos_token_id", None)
+    return [] if ends is None else [int(each) for each in (ends if isinstance(ends, list | tuple) else [ends])]
+
+
+def tokenizer_pairs(
+    tokenizer: "PreTrainedTokenizerBase | None", entries: int, ends: Sequence[int] = ()
+) -> dict[str, Value]:
     """The key-value pairs; without a tokenizer one says that there is none ("no_vocab").
 
-    Entries of the embedding that no token has become unused tokens ``[PAD123]``.
+    Entries of the embedding that no token has become unused tokens ``[PAD123]``. llama.cpp stops at the tokenizer's
+    end of text, and at the first two others of ``ends``: as end of turn and of message.
     """
     if tokenizer is None:
         return {"tokenizer.ggml.model": Value("str", "no_vocab")}
@@ -113,14 +128,15 @@ def tokenizer_pairs(tokenizer: "PreTrainedTokenizerBase | None", entries: int) -
     if marks["bos"] is None:
         marks["bos"] = marks["eos"]  # else llama.cpp takes token 11
     marks |= {"unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
+    others = [each for each in dict.fromkeys(ends) if each != marks["eos"] and 0 <= each < entries]
+    marks |= dict(zip(("eot", "eom"), others, strict=False))
     for name, number in marks.items():
         if number is not None:
             pairs[f"tokenizer.ggml.{name}_token_id"] = Value("u32", number)
-    template: Any = tokenizer.chat_template
-    if isinstance(template, dict):
-        template = template.get("default")
-    if template:
-        pairs["tokenizer.chat_template"] = Value("str", template)
+    templates = _templates(tokenizer)
+    pairs |= {_template_key(name): Value("str", template) for name, template in templates.items()}
+    if others := [name for name in templates if name != "default"]:
+        pairs["tokenizer.chat_templates"] = Value("str[]", others)
     return pairs
 
 
@@ -181,8 +197,7 @@ def _built(file: Container, pre: str) -> "PreTrainedTokenizerFast":
         clean_up_tokenization_spaces=False,
         **{f"{part}_token": name for part, name in marks.items()},
     )
-    if "tokenizer.chat_template" in file.pairs:
-        tokenizer.chat_template = file.text("tokenizer.chat_template")
+    tokenizer.chat_template = _read_templates(file)
     return tokenizer
 
 
@@ -191,9 +206,35 @@ def same_tokens(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase 
     if other is None:
         return False
     ids = one.encode(PROBE)
-    return (
-        ids == other.encode(PROBE) and one.decode(ids) == other.decode(ids) and one.chat_template == other.chat_template
-    )
+    return ids == other.encode(PROBE) and one.decode(ids) == other.decode(ids)
+
+
+def same_templates(one: "PreTrainedTokenizerBase", other: "PreTrainedTokenizerBase | None") -> bool:
+    """Whether both have the same chat templates under the same names."""
+    return other is not None and _templates(one) == _templates(other)
+
+
+def _templates(tokenizer: "PreTrainedTokenizerBase") -> dict[str, str]:
+    """Chat templates by name; the one of a tokenizer that has one is "default"."""
+    held: Any = tokenizer.chat_template
+    named = held if isinstance(held, dict) else {"default": held}
+    return {name: template for name, template in named.items() if template}
+
+
+def _template_key(name: str) -> str:
+    return "tokenizer.chat_template" + ("" if name == "default" else f".{name}")
+
+
+def _read_templates(file: Container) -> str | dict[str, str] | None:
+    """The default template alone, all by name where there are others, None where there is none."""
+    others: Any = file.pairs.get("tokenizer.chat_templates", [])
+    if not isinstance(others, list):
+        raise InputError(f"{file.path}: tokenizer.chat_templates must be a list of names: the file is damaged")
+    default = _template_key("default")
+    named = {"default": file.text(default)} if default in file.pairs else dict[str, str]()
+    if not others:
+        return named.get("default")
+    return named | {name: file.text(_template_key(name)) for name in others}
 
 
 def _lists(file: Container) -> tuple[list[str], list[int], list[tuple[str, str]]]:

@@ -12,7 +12,7 @@ from bitnet.export.gguf import llama_cpp
 from bitnet.export.gguf.architecture import deinterleave
 from bitnet.export.gguf.reader import GGUFFile, build
 from bitnet.export.gguf.reference import in_float64
-from bitnet.export.gguf.tokenizer import read_tokenizer, same_tokens
+from bitnet.export.gguf.tokenizer import read_tokenizer, same_templates, same_tokens
 from bitnet.export.gguf.weights import meant
 from bitnet.export.parity import (
     SAME_ARITHMETIC,
@@ -26,6 +26,7 @@ from bitnet.export.parity import (
     weight_of,
 )
 from bitnet.export.protocol import ExportError
+from bitnet.models.generation_config import generation_entry
 from bitnet.quant import QuantizedWeight
 from bitnet.quant.ggml import GGMLWeight
 
@@ -57,9 +58,11 @@ def verify(
         file = GGUFFile(path)
         layers = _compare_weights(file, model, scale)
         exact = _compare_dense(file, model, stored_dense) and scale == "tensor"
-        if tokenizer is not None and not same_tokens(tokenizer, read_tokenizer(file.container)):
-            raise ExportError(f"the tokenizer read back from {path} splits a text differently")
+        if tokenizer is not None:
+            _compare_tokenizer(tokenizer, read_tokenizer(file.container), path)
         dtype = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        if generation_entry(file.empty) != generation_entry(model):
+            raise ExportError(f"other generation settings are read back from {path} than were written")
         found = build(file, next((each.dtype for _, each in dense_tensors(model)), dtype), mapped=True)
     except InputError as error:
         raise ExportError(f"what was written does not read back: {error}") from error
@@ -78,6 +81,13 @@ def verify(
             "runtime_difference": difference(logits(model, ids).cpu(), computed),
         }
     return figures
+
+
+def _compare_tokenizer(written: "PreTrainedTokenizerBase", found: "PreTrainedTokenizerBase | None", path: Path) -> None:
+    if not same_tokens(written, found):
+        raise ExportError(f"the tokenizer read back from {path} splits a text differently")
+    if not same_templates(written, found):
+        raise ExportError(f"the tokenizer read back from {path} has other chat templates than were written")
 
 
 def _compare_weights(file: GGUFFile, model: nn.Module, scale: str) -> int:

@@ -59,8 +59,8 @@ class Grid:
             levels = 2 if weight.layout == "b1" else 3
             return cls(levels, -1, 1, weight.columns, (len(weight.scale), 1), None, weight.scale)
         low, high = -(weight.levels // 2), (weight.levels - 1) // 2
-        if weight.levels == 2:
-            low, high = -1, 1
+        if weight.levels == 2 or weight.odd:
+            low, high = 1 - weight.levels, weight.levels - 1
         if weight.zero_point is not None:
             low, high = low - high, high - low
         scale = weight.scale.reshape(-1, weight.scale.shape[-1])
@@ -127,7 +127,7 @@ def _named(grid: Grid, wanted: str) -> str:
             return name
     raise InputError(
         f"codes from {grid.low} to {grid.high} fit no GGUF type: 8 bits must be symmetric and restricted "
-        "(ptq=rtn with scheme absmax), or quantize with ptq=kquant"
+        "(ptq=absmax), or quantize with ptq=kquant"
     )
 
 
@@ -182,8 +182,9 @@ def meant(weight: QuantizedWeight, scale: str) -> QuantizedWeight:
         return weight
     codes, scales = _codes_and_scales(weight)
     size = weight.group_size if isinstance(weight, QTensor) else None
+    odd = isinstance(weight, QTensor) and weight.odd
     scales = scales.to(torch.float16).float() if scale == "block" else scales
-    return QTensor(codes, scales, weight.levels if isinstance(weight, QTensor) else 3, None, size)
+    return QTensor(codes, scales, weight.levels if isinstance(weight, QTensor) else 3, None, size, odd)
 
 
 def _codes_and_scales(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:

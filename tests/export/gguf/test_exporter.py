@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import GenerationConfig
 
 from bitnet.errors import InputError
 from bitnet.export.gguf import GGUFExporter, exporter, read, verify
-from bitnet.export.gguf.container import Container
+from bitnet.export.gguf.container import Container, Value
+from bitnet.export.gguf.tokenizer import tokenizer_pairs
 from bitnet.export.gguf.types import TYPES
 from bitnet.export.parity import logits, token_ids
 from bitnet.export.protocol import ExportError
@@ -362,6 +364,31 @@ def test_a_file_that_exists_and_weights_that_are_not_finite_are_refused(b158, tm
     with pytest.raises(InputError, match=r"model.norm.weight holds NaN"):
         GGUFExporter().write(model, None, tmp_path / "n.gguf")
     assert os.listdir(tmp_path) == ["m.gguf"]
+
+
+def test_how_the_model_generates_comes_back_whatever_transformers_thinks_of_it(b158, bpe, tmp_path):
+    model = b158("llama")
+    model.generation_config = GenerationConfig(eos_token_id=[1, 7], temperature=0.6, max_new_tokens=5)  # no do_sample
+    GGUFExporter().write(model, bpe(), tmp_path / "m.gguf")
+    assert Container(tmp_path / "m.gguf").integer("tokenizer.ggml.eot_token_id") == 7
+    found = read(tmp_path / "m.gguf").model.generation_config
+    assert (found.eos_token_id, found.temperature, found.max_new_tokens) == ([1, 7], 0.6, 5)
+    assert found.to_diff_dict() == model.generation_config.to_diff_dict()
+
+
+def test_chat_templates_that_do_not_read_back_are_said_to_be_them(b158, bpe, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "tokenizer_pairs", lambda *a: {**tokenizer_pairs(*a), **changed})
+    changed = {"tokenizer.chat_template": Value("str", "B")}
+    with pytest.raises(ExportError, match="other chat templates"):
+        GGUFExporter().write(b158("llama"), bpe(template="A"), tmp_path / "m.gguf")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_file_that_appears_while_one_is_written_stays(b158, tmp_path, monkeypatch):
+    monkeypatch.setattr(exporter, "verify", lambda path, *a: (tmp_path / "m.gguf").write_text("theirs") and {})
+    with pytest.raises(InputError, match="exists already"):
+        GGUFExporter().write(b158("llama"), None, tmp_path / "m.gguf")
+    assert (tmp_path / "m.gguf").read_text() == "theirs"
 
 
 def test_embeddings_too_large_for_float16_are_refused(tiny, tmp_path):

@@ -223,3 +223,25 @@ def test_any_flipped_byte_is_refused_or_gives_a_model_whose_values_are_finite(wr
         except InputError:
             continue
         assert bool(torch.isfinite(logits(model, token_ids(model))).all())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("llama.context_length", 0, "must be 1 or more, got 0"),
+        ("llama.rope.freq_base", 0.0, "must be 1 or more"),
+        ("llama.rope.freq_base", -1.0, "must be 1 or more"),
+        ("llama.rope.freq_base", 1e-45, "must be 1 or more"),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0, "between 0 and 1"),
+        ("llama.attention.layer_norm_rms_epsilon", 1e30, "between 0 and 1"),
+        ("tokenizer.ggml.padding_token_id", 320, "padding_token_id is 320, and the model has 320 tokens"),
+        ("tokenizer.ggml.eos_token_id", 2**31, "the model has 320 tokens"),
+        ("bitnet_qat.generation", "[", "is no json"),
+        ("bitnet_qat.generation", "[1]", "a json object"),
+        ("bitnet_qat.generation", '{"eos_token_id": [1, 320]}', "eos_token_id must be ids of the 320 tokens, got 320"),
+        ("bitnet_qat.generation", '{"watermarking_config": 3}', "cannot be used"),
+    ],
+)
+def test_settings_out_of_their_range_are_refused(written, key, value, match):
+    rewrite(written, values={key: value})
+    refused(written, match)

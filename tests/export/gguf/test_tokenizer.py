@@ -1,7 +1,5 @@
 """Tokenizers go into a file and come back as they were; those that llama.cpp would read otherwise are refused."""
 
-import json
-
 import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -12,6 +10,7 @@ from bitnet.export.gguf.tokenizer import (
     PRE_TOKENIZERS,
     PROBE,
     read_tokenizer,
+    same_templates,
     same_tokens,
     tokenizer_pairs,
     tokenizer_problems,
@@ -157,6 +156,8 @@ def test_a_tokenizer_of_another_kind_is_left_out_with_a_warning(bpe, tmp_path):
         ("tokenizer.ggml.merges", Value("str[]", ["nowhere tobefound"]), "make no tokenizer"),
         ("tokenizer.ggml.bos_token_id", Value("u32", 320), "none of the 320 tokens"),
         ("tokenizer.chat_template", Value("u32", 3), "a string"),
+        ("tokenizer.chat_templates", Value("u32", 3), "a list of names"),
+        ("tokenizer.chat_templates", Value("str[]", ["lost"]), "chat_template.lost, which is missing"),
     ],
 )
 def test_a_damaged_tokenizer_is_refused(bpe, tmp_path, key, value, match):
@@ -165,8 +166,32 @@ def test_a_damaged_tokenizer_is_refused(bpe, tmp_path, key, value, match):
         read_tokenizer(file)
 
 
-def test_the_template_is_the_default_one_of_several(bpe):
+@pytest.mark.parametrize(
+    ("templates", "expected"),
+    [
+        ({"default": "A", "tool_use": "B"}, {"default": "A", "tool_use": "B"}),
+        ({"tool_use": "B"}, {"tool_use": "B"}),
+        ({"default": "A"}, "A"),
+        ("A", "A"),
+        (None, None),
+    ],
+)
+def test_chat_templates_come_back_under_their_names(bpe, tmp_path, templates, expected):
     tokenizer = bpe()
-    tokenizer.chat_template = {"default": "A", "tool_use": "B"}
-    assert tokenizer_pairs(tokenizer, 320)["tokenizer.chat_template"].value == "A"
-    assert json.dumps(PRE_TOKENIZERS)
+    tokenizer.chat_template = templates
+    pairs = tokenizer_pairs(tokenizer, 320)
+    read = read_tokenizer(stored(tmp_path / "x", pairs))
+    assert read.chat_template == expected
+    assert same_templates(tokenizer, read)
+    named = templates if isinstance(templates, dict) else {"default": templates}
+    assert ("tokenizer.chat_template" in pairs) == bool(named.get("default"))
+    read.chat_template = {"default": "A", "tool_use": "C"}
+    assert not same_templates(tokenizer, read)
+
+
+def test_ends_beside_the_tokenizers_are_the_end_of_turn_and_of_message(bpe):
+    pairs = tokenizer_pairs(bpe(), 320, [7, 1, 9, 11])
+    assert pairs["tokenizer.ggml.eos_token_id"].value == 1
+    assert pairs["tokenizer.ggml.eot_token_id"].value == 7
+    assert pairs["tokenizer.ggml.eom_token_id"].value == 9
+    assert not {"tokenizer.ggml.eot_token_id"} & tokenizer_pairs(bpe(), 320, [1]).keys()

@@ -214,3 +214,18 @@ def test_sizes_are_those_of_the_types():
             assert each.number == known[name].value
             assert (each.block, each.nbytes) == gguf.GGML_QUANT_SIZES[known[name]]
     assert i2_s_tail(0.5).tolist() == [0, 0, 0, 63, *[0] * 28]
+
+
+@pytest.mark.parametrize("columns", [1, 3])
+def test_odd_codes_around_zero_go_into_four_bits(columns):
+    codes = torch.tensor([-3, -1, 1, 3], dtype=torch.int8).repeat(2, 8 * columns)
+    weight = QTensor(codes, torch.full((1, 1), 0.0371), levels=4, odd=True)
+    chosen = type_for(weight, "auto", "tensor")
+    assert chosen.name == "Q4_0"
+    encoded = encode(weight, chosen, "tensor")
+    assert torch.equal(decode(encoded.data, chosen, 32 * columns, encoded.scale, "w").dequantize(), weight.dequantize())
+
+
+def test_codes_that_fit_no_type_name_a_method_whose_codes_do():
+    with pytest.raises(InputError, match=r"ptq=absmax"):
+        type_for(integers(8, None, zero=True), "auto", "tensor")
