@@ -2,10 +2,11 @@
 
 ::
 
-    bitnet.json             version, transformers config, an entry a quantized layer, tied tensors, checksums, record
+    bitnet.json             version, transformers config, an entry a quantized layer, tied tensors, record; checksums of
+                            every tensor, of the files beside it, and of itself
     model.safetensors       codes and scales by layer; embeddings, norms, biases, head
     tokenizer.json ...      as transformers writes it
-    generation_config.json  as transformers writes it
+    generation_config.json  what the model has, also where transformers would not save it
     README.md               the model card
 
 It holds whatever a model of this package can hold, so every other format can be made from it. Ternary codes are packed
@@ -14,6 +15,7 @@ memory-mapped; nothing in it is executed.
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +27,14 @@ from torch import Tensor, nn
 from bitnet.errors import InputError
 from bitnet.export.card import model_card
 from bitnet.export.codec import store_activation, store_weight
-from bitnet.export.packed_read import FORMAT, MANIFEST, TENSORS, VERSION, read
+from bitnet.export.packed_problems import body_problems, rounding_problems, tokenizer_problems
+from bitnet.export.packed_read import FORMAT, MANIFEST, TENSORS, VERSION, checksum, read
 from bitnet.export.parity import (
     SAME_ARITHMETIC,
     compare_codes,
     compare_logits,
     dense_tensors,
+    difference,
     logits,
     quantized_layers,
     refuse_non_finite,
@@ -41,6 +45,8 @@ from bitnet.export.parity import (
 from bitnet.export.protocol import Exported, ExportError, refuse_problems
 from bitnet.export.tensorfile import header_room, write_tensors
 from bitnet.files import atomic_directory
+from bitnet.models.empty import plain_config
+from bitnet.models.generation_config import generation_entry, write_generation
 from bitnet.nn import QuantizedEmbedding, QuantizedModule
 from bitnet.quant import QTensor, absmax
 
@@ -54,7 +60,6 @@ REST = {  # what everything but the codes is stored in
     "int8": "exact but for embeddings and head, which are rounded to int8",
 }
 CODE = ["import bitnet", "", 'loaded = bitnet.load("this folder")', "model, tokenizer = loaded.model, loaded.tokenizer"]
-ROUNDED_REST = 0.25  # share of the logits' spread that rounding embeddings and head may cost before it is a fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +95,18 @@ class PackedExporter:
 
         if not isinstance(model, PreTrainedModel):
             return [f"it is a {type(model).__name__}: only transformers' causal language models can be rebuilt"]
-        found = []
+        found = body_problems(model)
+        if self.rest == "int8":
+            found += rounding_problems(model)
+        if tokenizer is not None:
+            found += tokenizer_problems(model, tokenizer)
+        activations = list[str]()
         for name, layer in quantized_layers(model).items():
             try:
                 store_activation(getattr(layer, "activation", None))
             except InputError as error:
-                found.append(f"{name}: {error}")
-        return found[:3]
+                activations.append(f"{name}: {error}")
+        return found + activations[:3]
 
     def write(
         self,
@@ -112,36 +122,33 @@ class PackedExporter:
         assert isinstance(model, PreTrainedModel)
         refuse_non_finite(model)
         contents = f"codes and scales of {len(quantized_layers(model))} layers; the rest {REST[self.rest]}"
+        card = model_card(contents, code=CODE, library=None, record=record)
+        plain_record = _as_json(dict(record or {}))
         with atomic_directory(path) as folder:
             writing = _Writing(model, self)
             checksums = write_tensors(folder / TENSORS, writing.tensors(), header_room(writing.names()))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            write_generation(model, folder)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
-                "config": _plain_config(model),
+                "config": plain_config(model),
                 "dtype": str(model.dtype).removeprefix("torch."),
                 "layers": writing.layers,
                 "tied": writing.tied,
                 "checksums": checksums,
-                "record": dict(record or {}),
+                "files": _files(folder),
+                "record": plain_record,
             }
+            manifest = {**manifest, "checksum": checksum(manifest)}
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(folder)
-            card = model_card(contents, code=CODE, library=None, record=record)
             (folder / "README.md").write_text(card, encoding="utf-8")
-            if (generation := getattr(model, "generation_config", None)) is not None:
-                generation.save_pretrained(folder)
-            loaded = read(folder).model
-            layers = self._compare(model, loaded)
-            ids = token_ids(model)
-            tolerance = ROUNDED_REST if self.rest in ("bfloat16", "int8") else SAME_ARITHMETIC
-            loaded.to(device=model.device)  # pyright: ignore[reportCallIssue]  # transformers wraps it without types
-            distance = compare_logits(logits(model, ids), logits(loaded, ids), tolerance, "by this package")
+            layers, distance = self._check(model, folder)
             size = size_of(folder)
         return Exported(
             path=Path(path),
-            format=f"packed {self.layout}" if layers else "packed",
+            format=f"packed {self.layout}" if writing.has_layout else "packed",
             contents=contents,
             bytes=size,
             layers=layers,
@@ -160,6 +167,44 @@ class PackedExporter:
             return tensor.float()
         narrow = tensor.bfloat16()
         return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+    def _check(self, model: "PreTrainedModel", folder: Path) -> tuple[int, float]:
+        """Read ``folder`` back and compare; return the number of layers with codes and the difference of the logits.
+
+        The logits have to be those of ``model`` with its rest rounded as the file has it, to the last digits; the
+        difference is that from ``model`` itself.
+        """
+        try:
+            loaded = read(folder).model
+        except InputError as error:
+            raise ExportError(f"what was written does not read back: {error}") from error
+        generation = generation_entry(model)
+        if generation is not None and generation_entry(loaded) != generation:
+            raise ExportError("other generation settings are read back than were written")
+        layers = self._compare(model, loaded)
+        if (attention := model.config._attn_implementation) is not None:
+            loaded.set_attn_implementation(attention)
+        loaded.to(device=model.device)  # pyright: ignore[reportCallIssue]  # transformers wraps it without types
+        ids = token_ids(model)
+        answer = logits(loaded, ids)
+        rounded = self._rounded(model)
+        distance = compare_logits(logits(model, ids, rounded), answer, SAME_ARITHMETIC, "by this package")
+        return layers, difference(logits(model, ids), answer) if rounded else distance
+
+    def _rounded(self, model: "PreTrainedModel") -> dict[str, Tensor]:
+        """Those tensors of the rest that are rounded, by name, with the values that the file has for them."""
+        matrices = {id(matrix) for matrix in _matrices(model)}
+        values, seen = dict[str, Tensor](), set[int]()
+        for name, tensor in dense_tensors(model) if self.rest != "exact" else ():
+            parameter = _parameter(model, name)
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            kept = self.kept(tensor, id(parameter) in matrices)
+            value = kept.to(tensor.dtype) if isinstance(kept, Tensor) else kept.dequantize(tensor.dtype)
+            if not torch.equal(value, tensor):
+                values[name] = value
+        return values
 
     def _compare(self, model: "PreTrainedModel", loaded: "PreTrainedModel") -> int:
         """Compare codes and every other tensor with what was meant; return the number of layers with codes."""
@@ -190,6 +235,11 @@ class _Writing:
         self._matrices = {id(matrix) for matrix in _matrices(model)} if options.rest == "int8" else set[int]()
         self.layers: dict[str, dict[str, Any]] = {}
         self.tied: dict[str, str] = {}
+
+    @property
+    def has_layout(self) -> bool:
+        """Whether there are codes in the layout that was asked for: ternary ones."""
+        return any(each["weight"].get("layout") == self._options.layout for each in self.layers.values())
 
     def names(self) -> Iterator[str]:
         """Every name that `tensors` will give, and a few more."""
@@ -250,11 +300,22 @@ class _Writing:
         yield from ((f"{name}.{part}", tensor) for part, tensor in stored.tensors.items())
 
 
-def _plain_config(model: "PreTrainedModel") -> dict[str, Any]:
-    """The transformers config as json keeps it, its type with it."""
-    config = json.loads(model.config.to_json_string(use_diff=False))
-    config.pop("quantization_config", None)
-    return {**config, "model_type": model.config.model_type}
+def _as_json(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as json gives it back.
+
+    Raises:
+        InputError: json has no word for a value in it.
+    """
+    try:
+        return json.loads(json.dumps(record))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputError(f"the record must be numbers, texts, lists and dicts, as json has them: {error}") from error
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """CRC-32 of every file of the folder but the tensors, which have their own."""
+    files = sorted(each for each in folder.rglob("*") if each.is_file() and each.name != TENSORS)
+    return {each.relative_to(folder).as_posix(): zlib.crc32(each.read_bytes()) for each in files}
 
 
 def _matrices(model: "PreTrainedModel") -> list[nn.Parameter]:

@@ -1,8 +1,9 @@
 """Reads the folder that `bitnet.export.packed` writes: memory-mapped, checked, and executing nothing."""
 
 import json
+import zlib
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,19 +11,24 @@ from torch import Tensor, nn
 
 from bitnet.errors import InputError
 from bitnet.export.codec import restore_activation, restore_weight
+from bitnet.export.hf_read import read_tokenizer
 from bitnet.export.parity import dense_tensors
 from bitnet.export.reading import Loaded
 from bitnet.export.tensorfile import TensorFile
 from bitnet.models.empty import empty_causal_lm
+from bitnet.models.generation_config import read_generation
 from bitnet.nn import PackedLinear, QuantizedEmbedding, QuantizedLinear
-from bitnet.nn.linears import is_conv1d
+from bitnet.nn.linears import is_conv1d, is_linear
 from bitnet.quant import PackedTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MANIFEST, TENSORS = "bitnet.json", "model.safetensors"
-FORMAT, VERSION = "bitnet-packed", 1
+FORMAT, VERSION = "bitnet-packed", 2
+FIELDS = {"config": dict, "dtype": str, "layers": dict, "tied": dict, "checksums": dict, "files": dict, "record": dict}
+# What values that do not belong together raise, wherever they first meet
+MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def read(path: str | Path, *, verify: bool = True) -> Loaded:
@@ -30,33 +36,54 @@ def read(path: str | Path, *, verify: bool = True) -> Loaded:
 
     Args:
         path: the folder.
-        verify: compare the checksum of every tensor, which reads the whole file once. False reads a tensor's bytes when
-            they are first used.
+        verify: compare the checksums of tensors and files, and look for bytes that are no codes and for values that are
+            not finite, which reads everything once. False leaves ternary and sign codes, and what is stored in the
+            model's dtype, unread until it is used, and so damage unnoticed. Other codes are unpacked, and other dtypes
+            converted, when they are loaded, and scales are looked at in any case.
 
     Raises:
-        InputError: no packed folder, one of a newer version, or a damaged one; the message names the tensor.
+        InputError: no packed folder, one of another version, or a damaged one; the message names the tensor.
     """
     path = Path(path)
-    manifest = _manifest(path)
+    try:
+        return _read(path, _manifest(path), verify)
+    except InputError:
+        raise
+    except MISFITS as error:
+        raise InputError(f"{path} cannot be read: {type(error).__name__}: {error}: it is damaged") from error
+
+
+def checksum(manifest: Mapping[str, Any]) -> int:
+    """CRC-32 of the manifest without its own, as json with sorted keys."""
+    plain = {key: value for key, value in manifest.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+def _read(path: Path, manifest: dict[str, Any], verify: bool) -> Loaded:
     file = TensorFile(path / TENSORS, manifest["checksums"] if verify else {})
     if strange := sorted(file.names ^ manifest["checksums"].keys()):
         raise InputError(f"{path}: {MANIFEST} and {TENSORS} do not belong together: {', '.join(strange[:3])}")
-    model = empty_causal_lm(manifest["config"])
+    if verify:
+        _refuse_other_files(path, manifest["files"])
+    model = empty_causal_lm(manifest["config"], most_layers=len(file.names))
     dtype = getattr(torch, manifest["dtype"], None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"{path}/{MANIFEST} names the dtype {manifest['dtype']!r}, which is no floating one")
-    taken = _Reading(path, file, model, dtype)
+    taken = _Reading(path, file, model, dtype, verify)
     for name, entry in manifest["layers"].items():
         taken.layer(name, entry)
     taken.rest(manifest["tied"])
-    return Loaded(model.requires_grad_(False), _tokenizer(path), path, "packed", manifest["record"])
+    model.generation_config = read_generation(path) or model.generation_config
+    return Loaded(model.requires_grad_(False).eval(), _tokenizer(path), path, "packed", manifest["record"])
 
 
 class _Reading:
     """Fills an empty body from the file of tensors."""
 
-    def __init__(self, path: Path, file: TensorFile, model: "PreTrainedModel", dtype: torch.dtype) -> None:
-        self._path, self._file, self._model, self._dtype = path, file, model, dtype
+    def __init__(
+        self, path: Path, file: TensorFile, model: "PreTrainedModel", dtype: torch.dtype, verify: bool
+    ) -> None:
+        self._path, self._file, self._model, self._dtype, self._verify = path, file, model, dtype, verify
         self._used: set[str] = set()
 
     def layer(self, name: str, entry: Mapping[str, Any]) -> None:
@@ -71,16 +98,18 @@ class _Reading:
             activation = restore_activation(entry["activation"], inputs)
             if tuple(weight.shape) != _shape(place):
                 raise InputError(f"the model has {list(_shape(place))} there, the file {list(weight.shape)}")
+            _refuse_other_place(place, entry["kind"])
             if entry["kind"] == "embedding":
                 made: nn.Module = QuantizedEmbedding(weight, self._dtype)
             else:
                 bias = self._take(f"{name}.bias").to(self._dtype) if getattr(place, "bias", None) is not None else None
                 if isinstance(weight, PackedTensor):
-                    weight.unpack()  # refuses bytes that are no codes: a kernel would not
+                    if self._verify:
+                        weight.unpack()  # refuses bytes that are no codes: a kernel would not
                     made = PackedLinear(weight, bias, activation)
                 else:
                     made = QuantizedLinear(weight, bias, activation)
-        except (InputError, AttributeError, KeyError, TypeError) as error:
+        except MISFITS as error:
             raise InputError(f"{self._path}, {name}: {error}") from error
         self._model.set_submodule(name, made)
 
@@ -96,7 +125,7 @@ class _Reading:
                 raise InputError(f"{self._path}: {name} is {list(value.shape)}, the model takes {list(tensor.shape)}")
             values[name] = value.to(self._dtype) if value.is_floating_point() else value
         for name, value in values.items():
-            if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            if self._verify and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 raise InputError(f"{self._path}: {name} holds NaN or infinity: the file is damaged")
             _assign(self._model, name, value)
         if tied:
@@ -124,19 +153,45 @@ def _manifest(path: Path) -> dict[str, Any]:
             f"{path} is a packed folder of version {manifest.get('version')}, this package reads version {VERSION}: "
             "install the one that wrote it"
         )
-    kinds = {"config": dict, "dtype": str, "layers": dict, "tied": dict, "checksums": dict, "record": dict}
-    for key, kind in kinds.items():
+    for key, kind in FIELDS.items():
         if not isinstance(manifest.get(key), kind):
             raise InputError(f"{file} has no {key}: the file is damaged")
+    if manifest.get("checksum") != checksum(manifest):
+        raise InputError(f"{file} does not say what was written (its checksum differs): the file is damaged")
     return manifest
 
 
-def _tokenizer(path: Path) -> "PreTrainedTokenizerBase | None":
-    if not (path / "tokenizer_config.json").exists():
-        return None
-    from transformers import AutoTokenizer
+def _refuse_other_files(path: Path, checksums: Mapping[str, int]) -> None:
+    for name, expected in checksums.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise InputError(f"{path / MANIFEST} names the file {name!r}, which is not in the folder")
+        try:
+            found = zlib.crc32((path / name).read_bytes())
+        except OSError as error:
+            raise InputError(f"{path} lacks {name}, or it cannot be read: {error}") from error
+        if found != expected:
+            raise InputError(
+                f"{path / name} is not what was written: it is damaged, or was edited; to use it as it is, read the "
+                "folder with bitnet.export.packed_read.read(path, verify=False) and export it again"
+            )
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+def _refuse_other_place(place: nn.Module, kind: str) -> None:
+    """Only what a plain layer computes is computed from codes: Gemma's embedding, say, scales its rows as well."""
+    fits = {"embedding": type(place) is nn.Embedding, "linear": is_linear(place)}
+    if not fits.get(kind, False):
+        raise InputError(
+            f"the model has a {type(place).__name__} there, which codes of the kind {kind!r} cannot replace"
+        )
+
+
+def _tokenizer(path: Path) -> "PreTrainedTokenizerBase | None":
+    try:
+        return read_tokenizer(path)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
+        raise InputError(f"{path} has a tokenizer that does not load: {error}") from error
 
 
 def _assign(model: nn.Module, name: str, value: Tensor) -> None:

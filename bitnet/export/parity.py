@@ -1,12 +1,13 @@
 """The gate that every export passes: what was read back has the same codes and answers with the same logits."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from bitnet.errors import InputError
 from bitnet.export.protocol import ExportError
@@ -31,9 +32,12 @@ def weight_of(layer: nn.Module) -> QuantizedWeight:
     return weight.unpack() if isinstance(weight, PackedTensor) else weight
 
 
-def dense_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every saved tensor that belongs to no quantized weight, by name: embeddings, norms, head, biases."""
-    quantized = tuple(f"{name}." for name in quantized_layers(model))
+def dense_tensors(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Every saved tensor that belongs to no quantized weight, by name: embeddings, norms, head, biases.
+
+    ``layers`` names those layers instead, where ``model`` is the plain body of a quantized one.
+    """
+    quantized = tuple(f"{name}." for name in (quantized_layers(model) if layers is None else layers))
     for name, tensor in model.state_dict().items():
         if not name.startswith(quantized) or name.endswith(".bias"):
             yield name, tensor
@@ -83,15 +87,35 @@ def token_ids(model: "PreTrainedModel") -> Tensor:
     return torch.randint(config.vocab_size, (2, length), generator=generator).to(model.device)
 
 
+def rotary_tables(model: nn.Module) -> dict[str, Tensor]:
+    """The tables of rotary frequencies, by name: no file keeps them, and every reader computes them in float32."""
+    return {name: each for name, each in model.named_buffers() if name.endswith("inv_freq")}
+
+
+def rotary_problems(model: nn.Module) -> list[str]:
+    """Why a reader's rotary tables would not be those of ``model``: none where they are in float32 or better."""
+    tables = rotary_tables(model)
+    if all(each.dtype in (torch.float32, torch.float64) for each in tables.values()):
+        return []
+    return [
+        "the table of rotary frequencies was rounded to 16 bits (model.bfloat16() does that), and readers compute it "
+        "in float32: load or build the model in that dtype instead (from_pretrained(..., dtype=...))"
+    ]
+
+
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    """Float32 logits in evaluation mode; ``model`` is as before afterwards."""
-    training = model.training
+def logits(model: nn.Module, ids: Tensor, values: Mapping[str, Tensor] | None = None) -> Tensor:
+    """Float32 logits in evaluation mode; ``model`` is as before afterwards, each module in the mode it was in.
+
+    ``values`` stand in for parameters and buffers of these names.
+    """
+    training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        return model(input_ids=ids).logits.float()
+        return functional_call(model, dict(values or {}), (), {"input_ids": ids}).logits.float()
     finally:
-        model.train(training)
+        for module, flag in training.items():
+            module.training = flag
 
 
 def difference(expected: Tensor, found: Tensor) -> float:

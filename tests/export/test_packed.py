@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from bitnet.errors import InputError
 from bitnet.evaluation import footprint
-from bitnet.export import ExportError, PackedExporter, packed
+from bitnet.export import ExportError, PackedExporter, packed, packed_read
 from bitnet.export.packed_read import read
 from bitnet.models import Size, from_scratch
 from bitnet.nn import BitLinear, BitLinear158, PackedLinear, QuantizedEmbedding, QuantizedLinear, convert, freeze, pack
@@ -241,9 +241,10 @@ def folder(tmp_path):
 
 
 def change(folder: Path, edit) -> None:
-    """Rewrite the manifest after ``edit`` of it."""
+    """Rewrite the manifest after ``edit`` of it, as someone who knows its checksum, too."""
     manifest = json.loads((folder / "bitnet.json").read_text())
     edit(manifest)
+    manifest["checksum"] = packed_read.checksum(manifest)
     (folder / "bitnet.json").write_text(json.dumps(manifest))
 
 
@@ -286,7 +287,7 @@ def test_tensors_that_do_not_fit_are_refused_by_name(folder, edit, message):
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (lambda m: m.update(version=2), "of version 2, this package reads version 1"),
+        (lambda m: m.update(version=1), "of version 1, this package reads version 2"),
         (lambda m: m.update(format="other"), "no description of a packed folder"),
         (lambda m: m.pop("layers"), "has no layers"),
         (lambda m: m["config"].update(model_type="os.system"), "no causal language model of type"),
