@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bitnet.errors import InputError
 from bitnet.export.codec import restore_activation, restore_weight
 from bitnet.export.hf_read import read_tokenizer
-from bitnet.export.parity import dense_tensors
+from bitnet.export.parity import dense_tensors, rotary_tables
 from bitnet.export.reading import Loaded
 from bitnet.export.tensorfile import TensorFile
 from bitnet.models.empty import empty_causal_lm
@@ -66,6 +66,8 @@ def _read(path: Path, manifest: dict[str, Any], verify: bool) -> Loaded:
     if verify:
         _refuse_other_files(path, manifest["files"])
     model = empty_causal_lm(manifest["config"], most_layers=len(file.names))
+    if not all(bool(torch.isfinite(table).all()) for table in rotary_tables(model).values()):
+        raise InputError(f"{path}: the config describes rotary frequencies that are not finite: it is damaged")
     dtype = getattr(torch, manifest["dtype"], None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise InputError(f"{path}/{MANIFEST} names the dtype {manifest['dtype']!r}, which is no floating one")
@@ -115,8 +117,10 @@ class _Reading:
 
     def rest(self, tied: Mapping[str, str]) -> None:
         """Give every other parameter and buffer its values; what is left over or missing is an error."""
-        values: dict[str, Tensor] = {}
-        for name, tensor in dense_tensors(self._model):
+        values, places = dict[str, Tensor](), dict(dense_tensors(self._model))
+        if strange := sorted(tied.keys() - places.keys()):
+            raise InputError(f"{self._path}: {strange[0]} is tied, and the model has no such tensor: it is damaged")
+        for name, tensor in places.items():
             if name in self._used:  # a bias that its layer has
                 continue
             source = tied.get(name, name)
