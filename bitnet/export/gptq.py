@@ -24,10 +24,11 @@ from bitnet.errors import InputError
 from bitnet.export.card import loading_code, model_card
 from bitnet.export.gptq_layout import BITS, BLOCK, FORMATS, bits_of, to_tensors, unsigned_zeros
 from bitnet.export.gptq_read import PARTS
-from bitnet.export.hf import DTYPES, plain_body
+from bitnet.export.hf import DTYPES, plain_body, stored_dense
 from bitnet.export.hf_bitnet import grouped_by_reason, left_dense
 from bitnet.export.hf_gate import SAME_QUANTIZERS, compare_dense, quiet_transformers
 from bitnet.export.hf_read import read
+from bitnet.export.packed_problems import body_problems, tokenizer_problems
 from bitnet.export.parity import (
     SAME_ARITHMETIC,
     compare_logits,
@@ -87,6 +88,11 @@ class GPTQExporter:
         layers = quantized_layers(model)
         if not layers:
             return ["no layer is quantized: quantize it first (ptq=gptq), or use export=hf"]
+        others = [] if tokenizer is None else tokenizer_problems(model, tokenizer)
+        return (body_problems(model) or self._misfits(model, layers)) + others
+
+    def _misfits(self, model: "PreTrainedModel", layers: dict[str, nn.Module]) -> list[str]:
+        """Why the format cannot hold ``layers``."""
         plain, head = plain_body(model), model.get_output_embeddings()
         found = grouped_by_reason(
             {
@@ -231,12 +237,7 @@ def _names(model: "PreTrainedModel") -> list[str]:
 
 
 def _stored(model: "PreTrainedModel", entry: Mapping[str, Any], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    seen = set[int]()
-    saved = model.state_dict(keep_vars=True)
-    for name, tensor in dense_tensors(model):
-        if id(saved[name]) not in seen:  # a tied head is stored once
-            seen.add(id(saved[name]))
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+    yield from stored_dense(model, plain_body(model), dtype)
     for name, layer in quantized_layers(model).items():
         tensors = to_tensors(_codes(layer), entry["bits"], entry["checkpoint_format"])
         yield from ((f"{name}.{part}", getattr(tensors, part)) for part in PARTS)

@@ -37,6 +37,7 @@ from bitnet.export import hf_bitnet
 from bitnet.export.card import loading_code, model_card
 from bitnet.export.hf_gate import check
 from bitnet.export.hf_read import read
+from bitnet.export.packed_problems import body_problems, tokenizer_problems
 from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, size_of, weight_of
 from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.export.tensorfile import header_room, write_tensors
@@ -117,6 +118,11 @@ class HuggingFaceExporter:
         layers = quantized_layers(model)
         if self.weights != "auto" and not layers:
             return ["no layer is quantized: use weights=auto, which writes it as it is"]
+        others = [] if tokenizer is None else tokenizer_problems(model, tokenizer)
+        return (body_problems(model) or self._misfits(model, layers)) + others
+
+    def _misfits(self, model: "PreTrainedModel", layers: dict[str, nn.Module]) -> list[str]:
+        """Why what the file would hold for ``layers`` is not what they are."""
         if self.weights in PACKED:
             return hf_bitnet.packed_problems(layers, plain_body(model), self.weights)
         if self._kind(model) != "latent":
@@ -189,13 +195,8 @@ def stored(model: "PreTrainedModel", kind: str, dtype: torch.dtype) -> tuple[Ite
 def _stored(
     model: "PreTrainedModel", layers: dict[str, nn.Module], kind: str, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    seen = set[int]()
-    saved = model.state_dict(keep_vars=True)
-    for name, tensor in dense_tensors(model):
-        if id(saved[name]) not in seen:  # a tied head is stored once
-            seen.add(id(saved[name]))
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
     plain = plain_body(model)
+    yield from stored_dense(model, plain, dtype)
     for name, layer in layers.items():
         if kind == "latent":
             assert isinstance(layer, BitLinear)
@@ -211,7 +212,24 @@ def _stored(
             yield f"{name}.weight_scale", hf_bitnet.stored_scale(weight.scale, kind)
 
 
-def plain_body(model: "PreTrainedModel") -> nn.Module:
+def stored_dense(
+    model: "PreTrainedModel", plain: "PreTrainedModel", dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of no quantized weight in ``dtype``; one that two names share once, if the config ties these names.
+
+    A reader ties what the config says: what was tied by hand is stored under both names.
+    """
+    tied = plain.all_tied_weights_keys
+    seen = set[int]()
+    saved = model.state_dict(keep_vars=True)
+    for name, tensor in dense_tensors(model):
+        if id(saved[name]) in seen and name in tied | {source: name for name, source in tied.items()}:
+            continue
+        seen.add(id(saved[name]))
+        yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def plain_body(model: "PreTrainedModel") -> "PreTrainedModel":
     """transformers' own model of the same configuration, without memory."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))

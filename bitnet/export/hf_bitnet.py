@@ -153,15 +153,20 @@ def _packed_reasons(layer: nn.Module, plain: nn.Module, linear_class: str) -> li
     reasons = list[str]()
     weight = layer.quantized_weight() if isinstance(layer, BitLinear) else layer.weight
     if isinstance(weight, PackedTensor):
-        ternary, scales = weight.layout != "b1", weight.scale.numel()
+        ternary, scale = weight.layout != "b1", weight.scale
     elif isinstance(weight, QTensor) and is_packable(weight):
-        ternary, scales = weight.levels == 3, weight.scale.numel()
+        ternary, scale = weight.levels == 3, weight.scale
     else:
-        ternary, scales = False, 0
+        ternary, scale = False, torch.ones(1)
     if not ternary:
         reasons.append("its weight has no ternary codes with one scale: use weights=dequantized, or another format")
-    elif scales != 1:
+    elif scale.numel() != 1:
         reasons.append("it has a scale for each row, the format one for the matrix: use weights=dequantized")
+    elif not SMALLEST_SCALE <= float(scale) <= LARGEST_SCALE:
+        reasons.append(
+            f"its scale lies outside {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}, where a reader takes it for the inverse "
+            "of one: use weights=dequantized"
+        )
     if plain.out_features % ROWS_A_BYTE:
         reasons.append(
             f"out_features must be a multiple of {ROWS_A_BYTE}, got {plain.out_features}: leave the layer dense "

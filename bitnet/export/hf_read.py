@@ -20,7 +20,7 @@ from bitnet.export.tensorfile import TensorFile
 from bitnet.models.build import DEQUANTIZED
 from bitnet.models.empty import empty_causal_lm
 from bitnet.models.generation_config import read_generation
-from bitnet.models.pretrained import config_of, from_directory
+from bitnet.models.pretrained import config_of, first_line, from_directory
 from bitnet.nn import QuantizedLinear
 from bitnet.quant import QTensor, absmax, absmean_ternary
 
@@ -161,8 +161,8 @@ def read_tokenizer(path: Path) -> "PreTrainedTokenizerBase | None":
         return None
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} has a tokenizer that does not load: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot parse
+        raise InputError(f"{path} has a tokenizer that does not load: {first_line(error)}") from error
 
 
 def _read_packed(path: Path, entry: dict[str, Any]) -> "PreTrainedModel":
@@ -222,12 +222,12 @@ def _converted(model: "PreTrainedModel", entry: dict[str, Any]) -> set[str]:
 def _empty(path: Path, most_layers: int) -> "PreTrainedModel":
     """The body of config.json without memory. A file has a tensor a layer at least, which bounds the number of them."""
     config = config_of(path)
-    layers = config.get("num_hidden_layers", config.get("n_layer", 0))
-    if not isinstance(layers, int) or not 0 <= layers <= most_layers:
-        raise InputError(f"{path}/config.json has {layers} layers, and its files {most_layers} tensors in all")
     for name in ("dtype", "torch_dtype"):  # what the files hold; it is read into float32
         config.pop(name, None)
-    model = empty_causal_lm(config)
+    try:
+        model = empty_causal_lm(config, most_layers)
+    except InputError as error:
+        raise InputError(f"{path}/config.json: {error}") from error
     model.config.dtype = torch.float32
     model.generation_config = read_generation(path) or model.generation_config
     return model

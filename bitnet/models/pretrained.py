@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from bitnet.errors import InputError
+from bitnet.models.empty import COUNTS
 from bitnet.models.generation_config import read_generation
 
 
@@ -25,7 +26,9 @@ def from_directory(path: str | Path) -> PreTrainedModel:
             checkpoint whose weights are quantized already.
     """
     path = Path(path)
-    _refuse_quantized(path, config_of(path).get("quantization_config"))
+    config = config_of(path)
+    _refuse_quantized(path, config.get("quantization_config"))
+    _refuse_more_layers(path, config)
     generation = read_generation(path)  # transformers ignores a damaged one
     with _causal_lm(path):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -51,7 +54,7 @@ def config_of(path: str | Path) -> dict[str, Any]:
         raise InputError(f"model.path must be a Hugging Face directory with a config.json, got {path}")
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise InputError(f"{config_file} is no json: {error}") from error
     if not isinstance(config, dict) or not isinstance(config.get("quantization_config"), dict | None):
         raise InputError(f"{config_file} must hold a json object, and its quantization_config, if any, another")
@@ -60,7 +63,7 @@ def config_of(path: str | Path) -> dict[str, Any]:
 
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype of the weights in the files of a directory, as its config says; float32 where it says none."""
-    config = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    config = config_of(path)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     dtype = getattr(torch, str(name), None)
     if not isinstance(dtype, torch.dtype):
@@ -84,9 +87,39 @@ def _causal_lm(path: Path) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path} does not load as a causal language model: {reason}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # a value that does not fit can fail anywhere inside transformers, in any way
+        raise InputError(f"{path} does not load as a causal language model: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What ``error`` says in its first line; its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _refuse_more_layers(path: Path, config: dict[str, Any]) -> None:
+    """A damaged number of layers would build until memory ends. Every layer has a tensor in the files at least."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        return
+    tensors = 0
+    for each in files:
+        try:
+            with safe_open(each, framework="pt") as file:
+                tensors += len(file.keys())
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"{path} does not load as a causal language model: {each.name} is no whole safetensors file: "
+                f"{first_line(error)}"
+            ) from error
+    inner = config.get("text_config")
+    for values in (config, inner if isinstance(inner, dict) else {}):
+        for key in COUNTS:
+            count = values.get(key, 0)
+            if type(count) is not int or not 0 <= count <= tensors:
+                raise InputError(f"{path}/config.json: {key} is {count!r}, and the files hold {tensors} tensors in all")
 
 
 def _refuse_quantized(path: Path, entry: dict[str, Any] | None) -> None:

@@ -7,8 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from bitnet.errors import InputError
 from bitnet.export import gptq
@@ -407,3 +415,31 @@ def test_what_the_format_does_not_hold_names_methods_that_it_does():
     quantize(model, HQQ(), torch.randint(128, (2, 16)))
     [reason] = GPTQExporter().problems(model)
     assert "ptq=absmax, zeropoint, gptq or gptq_refined" in reason
+
+
+def test_a_head_tied_by_hand_is_stored_beside_the_embedding(tmp_path):
+    model = quantized()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    path = write(model, tmp_path / "out", dtype="float32")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(path / "model.safetensors").keys()
+    assert torch.equal(logits(read(path).model), logits(model))
+
+
+def test_a_tokenizer_of_a_larger_model_and_a_body_without_a_head_are_refused():
+    words = {f"w{number}": number for number in range(129)}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+    [problem] = GPTQExporter().problems(quantized(), tokenizer)
+    assert "the token id 128, and the model 128 embeddings" in problem
+    assert "LlamaForCausalLM" in "; ".join(GPTQExporter().problems(quantized().model))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"num_hidden_layers": 300000}, {"num_hidden_layers": 10**30}, {"hidden_size": [1]}, {"pad_token_id": 999}],
+)
+def test_a_damaged_config_is_refused(tmp_path, changes):
+    path = write(quantized(), tmp_path / "out")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(InputError, match=r"config\.json"):
+        read(path)

@@ -1,11 +1,13 @@
 import errno
 import functools
 import json
+import shutil
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import (
@@ -14,6 +16,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -302,7 +305,7 @@ def test_one_changed_bit_of_a_weight_is_noticed(tmp_path, monkeypatch):
 def test_a_model_with_a_part_that_transformers_does_not_know_is_refused(tmp_path):
     model = b158("llama", "silu")
     model.model.layers[0].mlp.extra_norm = nn.RMSNorm(80)
-    with pytest.raises(ExportError, match="extra_norm"):
+    with pytest.raises(InputError, match="extra_norm"):
         write(model, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
@@ -341,3 +344,100 @@ def test_damaged_generation_settings_are_refused(text, tmp_path):
         (path / "generation_config.json").write_text(text)
         with pytest.raises(InputError, match=r"generation_config\.json"):
             hf.read(path)
+
+
+def only_a_body() -> PreTrainedModel:
+    return tiny("llama", "silu").model
+
+
+def pruned() -> PreTrainedModel:
+    model = b158("llama", "silu")
+    model.model.layers = model.model.layers[:1]
+    return model
+
+
+def classifier() -> PreTrainedModel:
+    config = tiny("llama", "silu").config
+    config.pad_token_id = 0
+    return LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (only_a_body, "a LlamaModel"),
+        (pruned, r"layers\.1\..* and not|layers\.1\..* is missing"),
+        (classifier, "a LlamaForSequenceClassification"),
+    ],
+)
+def test_a_body_that_its_config_does_not_describe_is_refused_before_any_work(make, match, tmp_path):
+    with pytest.raises(InputError, match=match):
+        write(make(), tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_tied_by_hand_is_stored_beside_the_embedding(tmp_path, load):
+    model = tiny("llama", "silu")
+    model.lm_head.weight = model.model.embed_tokens.weight
+    path = write(model, tmp_path / "out")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= load_file(path / "model.safetensors").keys()
+    assert torch.equal(logits(load(path)), logits(model))
+
+
+def vocabulary(entries: int) -> PreTrainedTokenizerFast:
+    words = {f"w{number}": number for number in range(entries)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")))
+
+
+def test_a_tokenizer_with_more_ids_than_embeddings_is_refused_with_the_model():
+    assert HuggingFaceExporter().problems(b158(), vocabulary(128)) == []
+    [problem] = HuggingFaceExporter().problems(b158(), vocabulary(129))
+    assert "the token id 128, and the model 128 embeddings" in problem
+
+
+def edit(path: Path, **changes) -> None:
+    file = path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(scope="module", params=[tiny, b158])
+def written(request, tmp_path_factory):
+    """A good folder and its logits."""
+    path = write(request.param(), tmp_path_factory.mktemp("good") / "out")
+    return path, logits(hf.read(path).model)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 300000},
+        {"num_hidden_layers": 10**30},
+        {"num_hidden_layers": -1},
+        {"num_hidden_layers": None},
+        {"num_hidden_layers": 2.5},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": "x"},
+        {"head_dim": 10**30},
+        {"hidden_size": [1]},
+        {"dtype": [1]},
+        {"dtype": "float1"},
+        {"vocab_size": -1},
+        {"pad_token_id": 1000},
+        {"rope_parameters": [1]},
+        {"rms_norm_eps": "x"},
+        {"hidden_act": 3},
+        {"model_type": [1]},
+        {"architectures": 3},
+    ],
+)
+def test_a_damaged_config_is_an_input_error_or_harmless(written, changes, tmp_path):
+    good, expected = written
+    shutil.copytree(good, tmp_path / "out")
+    edit(tmp_path / "out", **changes)
+    try:
+        found = logits(hf.read(tmp_path / "out").model)
+    except InputError:
+        assert "architectures" not in changes
+        return
+    assert changes == {"architectures": 3}  # which nobody reads
+    assert torch.equal(found, expected)

@@ -167,7 +167,7 @@ def test_biases_are_kept_by_the_class_that_does_not_scale_them(tmp_path, load):
     with pytest.raises(InputError, match=r"gate_proj and 5 more: autobitlinear would multiply its bias"):
         write(model, tmp_path / "other", "autobitlinear")
     model.config.mlp_bias = False
-    with pytest.raises(InputError, match=r"has a bias that its config does not mention"):
+    with pytest.raises(InputError, match=r"mlp\.down_proj\.bias is \(48,\) and not there at all"):
         write(model, tmp_path / "other", "bitlinear")
 
 
@@ -451,3 +451,12 @@ def test_stored_bits_are_two_a_weight(tmp_path):
         packed = [file.get_tensor(name) for name in file.keys() if name.endswith("_proj.weight")]  # noqa: SIM118
     weights = sum(layer.weight.numel() for _, layer in bit_linears(b158()))
     assert sum(each.numel() for each in packed) * 8 == 2 * weights
+
+
+@pytest.mark.parametrize("weights", ["bitlinear", "autobitlinear"])
+def test_a_scale_that_a_reader_would_take_for_its_inverse_is_refused_before_any_work(tmp_path, weights):
+    model = b158()
+    model.model.layers[0].mlp.up_proj.weight.data.mul_(1e4)
+    with pytest.raises(InputError, match=r"up_proj: its scale lies outside 9e-06 to 16.*weights=dequantized"):
+        write(model, tmp_path / "out", weights)
+    assert not list(tmp_path.iterdir())
