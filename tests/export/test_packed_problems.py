@@ -133,6 +133,12 @@ def test_rounded_rotary_tables_are_refused(tmp_path, back):
         write(model, tmp_path / "packed")
 
 
+def test_a_body_without_memory_can_be_asked():
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SIZE))
+    assert PackedExporter(rest="int8").problems(model) == []
+
+
 @pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
 def test_a_model_of_another_purpose_is_refused(tmp_path, kind):
     with pytest.raises(InputError, match=rf"it is a {kind.__name__}, and its config describes a LlamaForCausalLM"):
