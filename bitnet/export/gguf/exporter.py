@@ -23,7 +23,7 @@ from bitnet.export.gguf.weights import Grid, encode, i2_s_tail, type_for
 from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, weight_of
 from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.files import new_file
-from bitnet.models.generation_config import generation_entry
+from bitnet.models.generation_config import generation_entry, generation_from
 from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedModule
 from bitnet.quant import PackedTensor, QTensor, QuantizedWeight
 from bitnet.quant.ggml import GGMLWeight, absmax_blocks
@@ -99,6 +99,8 @@ class GGUFExporter:
             found.append("embeddings=q8_0 needs a hidden size that is a multiple of 32")
         try:
             activation_entry(model)
+            if (generation := generation_entry(model)) is not None:
+                generation_from(generation, "model.generation_config", _config(model).vocab_size)
         except InputError as error:
             found.append(str(error))
         if tokenizer is not None:

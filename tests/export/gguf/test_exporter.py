@@ -376,6 +376,13 @@ def test_how_the_model_generates_comes_back_whatever_transformers_thinks_of_it(b
     assert found.to_diff_dict() == model.generation_config.to_diff_dict()
 
 
+def test_ends_that_are_no_tokens_are_refused_before_any_work(b158):
+    model = b158("llama")
+    model.generation_config.eos_token_id = [1, 320]
+    [problem] = GGUFExporter().problems(model)
+    assert problem == "model.generation_config: eos_token_id must be ids of the 320 tokens, got 320"
+
+
 def test_chat_templates_that_do_not_read_back_are_said_to_be_them(b158, bpe, tmp_path, monkeypatch):
     monkeypatch.setattr(exporter, "tokenizer_pairs", lambda *a: {**tokenizer_pairs(*a), **changed})
     changed = {"tokenizer.chat_template": Value("str", "B")}
