@@ -49,7 +49,7 @@ def _table_problems(tables: dict[str, Tensor], expected: dict[str, Tensor]) -> l
     """Tables that are in float32 again, and were rounded before; not those that a long text changes for itself."""
     for name, table in tables.items():
         home, _, last = name.rpartition(".")
-        if last == "inv_freq" and f"{home}.original_inv_freq" in tables or table.is_meta:
+        if (last == "inv_freq" and f"{home}.original_inv_freq" in tables) or table.is_meta:
             continue
         if name in expected and not torch.allclose(table.cpu().double(), expected[name].double(), rtol=1e-5, atol=0):
             return [
