@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from bitnet.errors import InputError
 from bitnet.files import atomic_file
 from bitnet.ops.build import BuildError, default_folder
 
@@ -49,7 +50,7 @@ def machine_code(capability: tuple[int, int], folder: Path | None = None) -> byt
     try:
         with atomic_file(folder / f"packed_linear-{key}-{digest(code)}.cubin") as partial:
             partial.write_bytes(code)
-    except OSError:  # a home that cannot be written to costs the next process two seconds
+    except (OSError, InputError):  # a home that cannot be written to costs the next process two seconds
         pass
     return code
 
