@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from bitnet.errors import InputError
 from bitnet.export.gguf.container import Container, Value
+from bitnet.export.parity import rotary_problems
 
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LINEARS = {
@@ -118,6 +119,8 @@ BODIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+EPSILON = "attention.layer_norm_rms_epsilon"
+SMALLEST_EPSILON = 1e-30  # usual are 1e-6 and 1e-5; float32 ends at 1e-38
 KNOWN_KEYS = {
     "context_length",
     "embedding_length",
@@ -125,7 +128,7 @@ KNOWN_KEYS = {
     "feed_forward_length",
     "attention.head_count",
     "attention.head_count_kv",
-    "attention.layer_norm_rms_epsilon",
+    EPSILON,
     "attention.key_length",
     "attention.value_length",
     "rope.dimension_count",
@@ -178,11 +181,7 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
         yield f"attention in a sliding window of {config.sliding_window} is not written: set config.sliding_window=None"
     if architecture.square and _head_size(config) * config.num_attention_heads != config.hidden_size:
         yield f"heads of {_head_size(config)} do not add up to the hidden size, as {architecture.name} expects"
-    if any(each.dtype not in (torch.float32, torch.float64) for each in _rotary_tables(model)):
-        yield (
-            "the table of rotary frequencies was rounded to 16 bits (model.bfloat16() does that), and runtimes "
-            "compute it in float32: load or build the model in that dtype instead"
-        )
+    yield from rotary_problems(model)
     tied = bool(config.tie_word_embeddings)
     for name in model.state_dict():
         if architecture.gguf_name(_parameter(name)) is None:
@@ -196,10 +195,6 @@ def _parameter(name: str) -> str:
     """The parameter that a buffer of a quantized layer stands for."""
     stem, _, last = name.rpartition(".")
     return f"{stem}.weight" if last == "qdata" or last.startswith("weight_") else name
-
-
-def _rotary_tables(model: nn.Module) -> list[Tensor]:
-    return [each for name, each in model.named_buffers() if name.endswith("inv_freq")]
 
 
 def _is_tied(model: nn.Module) -> bool:
@@ -228,7 +223,7 @@ def settings(architecture: Architecture, config: Any) -> dict[str, Value]:
         "vocab_size": config.vocab_size,
     }
     pairs = {f"{architecture.name}.{key}": Value("u32", count) for key, count in counts.items()}
-    pairs[f"{architecture.name}.attention.layer_norm_rms_epsilon"] = Value("f32", config.rms_norm_eps)
+    pairs[f"{architecture.name}.{EPSILON}"] = Value("f32", config.rms_norm_eps)
     pairs[f"{architecture.name}.rope.freq_base"] = Value("f32", rope.get("rope_theta", 10000.0))
     if rope.get("rope_type", "default") == "linear":
         pairs[f"{architecture.name}.rope.scaling.type"] = Value("str", "linear")
@@ -281,8 +276,8 @@ def read_config(file: Container) -> tuple[Architecture, dict[str, Any]]:
         "num_key_value_heads": groups,
         "head_dim": size,
         "hidden_act": architecture.activation,
-        "max_position_embeddings": _context(file, prefix),
-        "rms_norm_eps": _epsilon(file, prefix),
+        "max_position_embeddings": _within(file, key := prefix + "context_length", file.integer(key), 1, 2**32),
+        "rms_norm_eps": _within(file, key := prefix + EPSILON, _as_written(file.number(key)), SMALLEST_EPSILON, 1),
         "rope_parameters": _rope(file, prefix),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         **_marks(file, vocabulary),
@@ -308,24 +303,15 @@ def _shapes(file: Container) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _context(file: Container, prefix: str) -> int:
-    length = file.integer(prefix + "context_length")
-    if length < 1:
-        raise InputError(f"{file.path}: {prefix}context_length must be 1 or more, got {length}: the file is damaged")
-    return length
-
-
-def _epsilon(file: Container, prefix: str) -> float:
-    epsilon = _as_written(file.number(key := prefix + "attention.layer_norm_rms_epsilon"))
-    if not 0 < epsilon < 1:
-        raise InputError(f"{file.path}: {key} must lie between 0 and 1, got {epsilon}: the file is damaged")
-    return epsilon
+def _within(file: Container, key: str, value: float, low: float, high: float) -> Any:
+    if not low <= value < high:
+        raise InputError(f"{file.path}: {key} must lie between {low} and {high}, got {value}: the file is damaged")
+    return value
 
 
 def _rope(file: Container, prefix: str) -> dict[str, Any]:
     base = _as_written(file.number(key := prefix + "rope.freq_base", 1e4))
-    if base < 1:  # usual are 1e4 to 1e7; near 0 the angles overflow
-        raise InputError(f"{file.path}: {key} must be 1 or more, got {base}: the file is damaged")
+    base = _within(file, key, base, 1, float("inf"))  # usual are 1e4 to 1e7; near 0 the angles overflow
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": base}
     factor = _as_written(file.number(prefix + "rope.scaling.factor", 1.0))
     kind = file.text(prefix + "rope.scaling.type", "linear")
