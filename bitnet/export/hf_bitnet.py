@@ -162,7 +162,7 @@ def _packed_reasons(layer: nn.Module, plain: nn.Module, linear_class: str) -> li
         reasons.append("its weight has no ternary codes with one scale: use weights=dequantized, or another format")
     elif scale.numel() != 1:
         reasons.append("it has a scale for each row, the format one for the matrix: use weights=dequantized")
-    elif not SMALLEST_SCALE <= float(scale) <= LARGEST_SCALE:
+    elif not scale.is_meta and not SMALLEST_SCALE <= float(scale) <= LARGEST_SCALE:  # a dry run has no values
         reasons.append(
             f"its scale lies outside {SMALLEST_SCALE:g} to {LARGEST_SCALE:g}, where a reader takes it for the inverse "
             "of one: use weights=dequantized"
