@@ -136,7 +136,10 @@ class GGUFExporter:
         if name == EDGES[0] or isinstance(layer, QuantizedEmbedding):
             weight = weight_of(layer)
             if not isinstance(weight, GGMLWeight):
-                raise InputError("an embedding has no place for these scales: leave it dense and set embeddings=q8_0")
+                raise InputError(
+                    "an embedding has no place for these scales: export it dense (a packed folder with rest=int8: "
+                    "again from the run, with rest=exact), and set embeddings=q8_0"
+                )
             return type_for(weight, "auto", self.scale)
         if isinstance(layer, BitLinear):
             return type_for(Grid.of(layer.quantized_weight(), values=False), self.type, self.scale)
