@@ -149,7 +149,7 @@ def reader() -> Callable[[Tensor, int], None]:
         source, library = Path(folder) / "read.cpp", Path(folder) / "read.so"
         source.write_text(READ.replace("uint64_t read_all", 'extern "C" uint64_t read_all'))
         flags = ["-O3", "-fopenmp", "-shared", "-fPIC", *(["-mavx2"] if platform.machine() == "x86_64" else [])]
-        subprocess.run([find_compiler(), *flags, str(source), "-o", str(library)], check=True)
+        subprocess.run([*find_compiler(), *flags, str(source), "-o", str(library)], check=True)
         function = ctypes.CDLL(str(library)).read_all
     function.argtypes, function.restype = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int], ctypes.c_uint64
     return lambda tensor, threads: function(tensor.data_ptr(), tensor.nbytes // 8, threads)

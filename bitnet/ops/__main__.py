@@ -3,24 +3,27 @@
 import torch
 
 from bitnet.ops import cuda
-from bitnet.ops.build import BuildError, library
-from bitnet.ops.cpu import Choice, choice, fault_of
+from bitnet.ops.build import BuildError
+from bitnet.ops.cpu import Choice, choice, compiled, fault_of
 from bitnet.ops.native import BEST_FIRST, Native
 
 
 def main() -> None:
     """Print a line for each thing that could run, the chosen one marked."""
-    native, problem = None, ""
+    chosen, problem = choice(), ""
+    native = chosen.native
     try:
-        native = Native(library())
+        native = native or compiled()
     except (BuildError, OSError) as error:
         problem = str(error)
-    chosen = choice()
     print("packed_linear on the CPU, the best first (* runs):")
     for name, state in states(native, problem, chosen):
         print(f"  {'*' if name == chosen.name else ' '} {name:10} {state}")
     if native is not None:
-        print(f"library     {native.path}")
+        gone = (
+            "" if native.path.exists() else " (removed: no cache folder that can be written, compiled in every process)"
+        )
+        print(f"library     {native.path}{gone}")
     print(f"threads     {threads(chosen)}")
     for device, state in cuda.states():
         print(f"{device}: {state}")

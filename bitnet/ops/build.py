@@ -6,12 +6,14 @@ machines that share a home directory. Its name holds two digests::
     ~/.cache/bitnet/kernels/packed_linear-<sources, compiler, flags>-<content>.so
 
 A file whose content is not what its name says is damaged, and is built again. It is compiled under another name and
-then renamed: two processes that compile at once both leave a whole file, and neither waits.
+then renamed: two processes that compile at once both leave a whole file, and neither waits. A user without a cache
+folder that can be written is told by `FolderError`, and may name another one.
 """
 
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -27,7 +29,11 @@ SECONDS = 600  # longer than any machine needs
 
 
 class BuildError(RuntimeError):
-    """There is no library, and why: no compiler, an error of the compiler, a folder that cannot be written."""
+    """There is no library, why, and what to do: no compiler, or an error of the compiler."""
+
+
+class FolderError(BuildError):
+    """The folder for the library cannot be written, or the user has none."""
 
 
 def library(folder: Path | None = None) -> Path:
@@ -37,6 +43,7 @@ def library(folder: Path | None = None) -> Path:
         folder: cache, by default ``bitnet/kernels`` in the user's cache folder (``XDG_CACHE_HOME``).
 
     Raises:
+        FolderError: ``folder`` cannot be written, or there is no default one; nothing was compiled.
         BuildError: nothing could be compiled.
     """
     folder = default_folder() if folder is None else folder
@@ -44,42 +51,69 @@ def library(folder: Path | None = None) -> Path:
     refusals = []
     for flags in (FLAGS + OPENMP, FLAGS):  # Apple's clang comes without OpenMP: one thread is better than none
         key = build_key(compiler, flags)
-        cached = find_cached(folder, key)
+        try:
+            cached = find_cached(folder, key)
+        except OSError as error:
+            raise FolderError(f"cannot use the cache {folder}: {error}") from error
         if cached is not None:
             return cached
         try:
             return build(compiler, flags, folder, key)
+        except FolderError:
+            raise
         except BuildError as error:
             refusals.append(str(error))
     raise BuildError(refusals[-1])
 
 
 def default_folder() -> Path:
-    """The user's cache folder for kernels."""
+    """The user's cache folder for kernels.
+
+    Raises:
+        FolderError: the user has no home, as in a container that runs under a number without a name.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "bitnet" / "kernels"
+    try:
+        return Path(cache).expanduser() / "bitnet" / "kernels"
+    except RuntimeError as error:
+        raise FolderError(f"no home for {cache}: set HOME or XDG_CACHE_HOME to a folder that can be written") from error
 
 
-def find_compiler() -> str:
-    """The C++ compiler: ``CXX`` where it is set, else the first of g++, clang++ and c++ on the path.
+def find_compiler() -> list[str]:
+    """The C++ compiler as the first words of a command: ``CXX`` where set, else the first of g++, clang++ and c++.
+
+    ``CXX`` is a path, or words as in a shell: ``ccache g++``.
 
     Raises:
         BuildError: there is none.
     """
-    names = (os.environ["CXX"],) if os.environ.get("CXX") else COMPILERS
-    found = next((path for path in map(shutil.which, names) if path), None)
+    wanted = os.environ.get("CXX", "").strip()
+    if not wanted:
+        found = next((path for path in map(shutil.which, COMPILERS) if path), None)
+        if found is None:
+            raise BuildError(
+                f"no C++ compiler: looked for {', '.join(COMPILERS)} on the path (Debian: apt install g++)"
+            )
+        return [found]
+    try:
+        words = [wanted] if shutil.which(wanted) else shlex.split(wanted)  # a path may have spaces
+    except ValueError as error:
+        raise BuildError(f"CXX must be a command, got {wanted!r}: {error}") from error
+    found = shutil.which(words[0])
     if found is None:
-        raise BuildError(f"no C++ compiler: looked for {', '.join(names)} on the path")
-    return found
+        raise BuildError(
+            f"no C++ compiler: CXX is {wanted!r}, and {words[0]!r} is not on the path: correct or unset CXX"
+        )
+    return [found, *words[1:]]
 
 
-def build_key(compiler: str, flags: tuple[str, ...]) -> str:
+def build_key(compiler: list[str], flags: tuple[str, ...]) -> str:
     """Digest of all that decides what the library does: sources, compiler and its version, flags, architecture."""
     digest = hashlib.sha256()
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    version = run_compiler([compiler, "--version"])
-    for part in (compiler, version, *flags, platform.system(), platform.machine()):
+    version = run_compiler([*compiler, "--version"])
+    for part in (*compiler, version, *flags, platform.system(), platform.machine()):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:16]
 
@@ -93,21 +127,22 @@ def find_cached(folder: Path, key: str) -> Path | None:
     return None
 
 
-def build(compiler: str, flags: tuple[str, ...], folder: Path, key: str) -> Path:
+def build(compiler: list[str], flags: tuple[str, ...], folder: Path, key: str) -> Path:
     """Compile into ``folder``.
 
     Raises:
-        BuildError: the compiler fails, or the folder cannot be written.
+        FolderError: the folder cannot be written.
+        BuildError: the compiler fails.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="compiling-") as scratch:  # the same file system
             made = Path(scratch) / "library.so"
-            run_compiler([compiler, *flags, str(SOURCES / MAIN), "-o", str(made)])
+            run_compiler([*compiler, *flags, str(SOURCES / MAIN), "-o", str(made)])
             target = folder / f"packed_linear-{key}-{content_digest(made)}.so"
             os.replace(made, target)
     except OSError as error:
-        raise BuildError(f"cannot write the compiled library to {folder}: {error}") from error
+        raise FolderError(f"cannot write the compiled library to {folder}: {error}") from error
     return target
 
 

@@ -6,13 +6,15 @@ prints; not to run the first is also said by a warning.
 """
 
 import functools
+import tempfile
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bitnet.ops.build import BuildError, library
+from bitnet.ops.build import BuildError, FolderError, library
 from bitnet.ops.int8 import int8_linear
 from bitnet.ops.native import LAYOUTS, Native
 from bitnet.ops.packed_linear import LIBRARY, check_arguments, reference_linear
@@ -38,7 +40,7 @@ def choice() -> Choice:
     """What this process runs on; compiles the kernels if need be."""
     refused = dict[str, str]()
     try:
-        native = Native(library())
+        native = compiled()
         for tier in native.tiers:
             fault = fault_of(native, tier)
             if fault is None:
@@ -52,12 +54,29 @@ def choice() -> Choice:
     except RuntimeError as error:
         name, refused["int8"] = "reference", f"torch._int_mm: {error}"
     warnings.warn(
-        f"packed layers run on {name}, many times slower than compiled kernels: {refused}. A C++ compiler on the path "
-        "(Debian: apt install g++) helps; python -m bitnet.ops says more",
+        f"packed layers run on {name}, many times slower than compiled kernels: {refused}. python -m bitnet.ops says "
+        "more",
         RuntimeWarning,
         stacklevel=2,
     )
     return Choice(name, None, refused)
+
+
+def compiled() -> Native:
+    """The compiled kernels, loaded; compiles them if need be.
+
+    Where the cache folder cannot be written they are compiled, by every process anew, into a temporary folder that
+    only this user can read or write, and that is removed once they are loaded.
+
+    Raises:
+        BuildError: nothing could be compiled.
+        OSError: there is no temporary folder either, or the library does not load.
+    """
+    try:
+        return Native(library())
+    except FolderError:
+        with tempfile.TemporaryDirectory(prefix="bitnet-kernels-") as folder:
+            return Native(library(Path(folder)))
 
 
 def cpu_linear(

@@ -136,6 +136,64 @@ def test_a_compiler_without_openmp_makes_a_library_all_the_same(tmp_path, monkey
     assert build.library(tmp_path / "cache").read_text() == "x\n"
 
 
+@pytest.mark.parametrize("command", ["env {}", "env A=1 '{}'", "{}"])
+def test_a_compiler_may_be_a_command_of_several_words(quick, tmp_path, monkeypatch, command):
+    spaced = tmp_path / "a folder" / "compiler"
+    spaced.parent.mkdir()
+    (tmp_path / "compiler").rename(spaced)
+    path = shutil.copy(spaced, tmp_path / "plain") if command == "env {}" else spaced
+    monkeypatch.setenv("CXX", command.format(path))
+    assert build.library(tmp_path / "cache").read_bytes() == b"library\n"
+
+
+def test_every_word_of_the_compiler_is_in_the_name(quick, tmp_path, monkeypatch):
+    plain = build.library(tmp_path / "cache")
+    monkeypatch.setenv("CXX", f"{os.environ['CXX']} -O0")
+    assert build.library(tmp_path / "cache") != plain
+    monkeypatch.setenv("CXX", "g++ 'unbalanced")
+    with pytest.raises(build.BuildError, match="CXX must be a command"):
+        build.library(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("lacks", ["home", "folder", "damaged"])
+def test_without_a_cache_folder_the_kernels_are_compiled_loaded_and_removed(lacks, native, tmp_path, monkeypatch):
+    made = native.path
+    temporary, blocked = tmp_path / "temporary", tmp_path / "file"
+    temporary.mkdir()
+    blocked.write_text("no folder")
+    monkeypatch.setattr(build.tempfile, "tempdir", str(temporary))
+    if lacks == "home":
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+        monkeypatch.setattr(Path, "expanduser", homeless)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(blocked if lacks == "folder" else tmp_path / "cache"))
+    if lacks == "damaged":  # and cannot be removed
+        monkeypatch.setattr(
+            build, "find_cached", lambda folder, key: refuse() if folder.is_relative_to(tmp_path / "cache") else None
+        )
+    modes = list[int]()
+
+    def compile_quickly(command: list[str]) -> str:
+        if "-o" in command:
+            modes.extend(path.stat().st_mode & 0o777 for path in temporary.iterdir())
+            shutil.copy(made, command[-1])
+        return ""
+
+    monkeypatch.setattr(build, "run_compiler", compile_quickly)
+    chosen = cpu.choice.__wrapped__()
+    assert chosen.name == native.tiers[0]
+    assert modes == [0o700]
+    assert not list(temporary.iterdir())
+
+
+def homeless(path: Path) -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def refuse() -> None:
+    raise PermissionError("read-only")
+
+
 @pytest.mark.parametrize("compiler", ["none-such", "false"])
 def test_without_a_working_compiler_the_int8_product_runs_and_a_warning_says_so(compiler, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", compiler)
@@ -144,6 +202,18 @@ def test_without_a_working_compiler_the_int8_product_runs_and_a_warning_says_so(
         chosen = cpu.choice.__wrapped__()
     assert chosen.native is None
     assert compiler in chosen.refused["native"]
+
+
+def test_the_advice_is_about_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "none-such -O2")
+    with pytest.warns(RuntimeWarning, match="'none-such' is not on the path: correct or unset CXX") as caught:
+        cpu.choice.__wrapped__()
+    assert "apt install" not in str(caught[0].message)
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.warns(RuntimeWarning, match="apt install"):
+        cpu.choice.__wrapped__()
 
 
 @pytest.mark.slow

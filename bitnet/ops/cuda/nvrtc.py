@@ -7,7 +7,8 @@ code is kept in the user's cache folder, under a name with two digests::
     ~/.cache/bitnet/kernels/packed_linear-<source, options, compiler>-<content>.cubin
 
 A file whose content is not what its name says is damaged, and is built again. It is written under another name and then
-renamed: two processes that compile at once both leave a whole file, and neither waits.
+renamed: two processes that compile at once both leave a whole file, and neither waits. Without a folder that can be
+written every process compiles for itself.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ import torch
 
 from bitnet.errors import InputError
 from bitnet.files import atomic_file
-from bitnet.ops.build import BuildError, default_folder
+from bitnet.ops.build import BuildError, FolderError, default_folder
 
 SOURCE = Path(__file__).with_name("packed_linear.cu")
 OPTIONS = ("--std=c++17",)  # divisions and denormal numbers are IEEE's without an option
@@ -40,10 +41,14 @@ def machine_code(capability: tuple[int, int], folder: Path | None = None) -> byt
     """
     compiler = library()
     architecture = architecture_for(capability, supported_architectures(compiler))
-    source, folder = SOURCE.read_bytes(), default_folder() if folder is None else folder
+    source = SOURCE.read_bytes()
     options = (f"--gpu-architecture=sm_{architecture}", *OPTIONS)
     key = digest("\0".join((*options, *map(str, version(compiler)))).encode() + source)
-    cached = find_cached(folder, key)
+    try:
+        folder = default_folder() if folder is None else folder
+        cached = find_cached(folder, key)
+    except (OSError, FolderError):  # machine code needs no file: without a folder it is compiled in every process
+        return compiled(compiler, source, options)
     if cached is not None:
         return cached
     code = compiled(compiler, source, options)

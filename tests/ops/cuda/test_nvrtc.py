@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from bitnet.ops.build import BuildError
+from bitnet.ops.build import BuildError, FolderError
 from bitnet.ops.cuda import nvrtc
 from bitnet.ops.cuda.nvrtc import architecture_for, library, machine_code
 
@@ -81,6 +81,19 @@ def test_a_folder_that_cannot_be_written_costs_only_time(compilations, tmp_path)
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     assert machine_code((8, 0), blocked / "kernels") == machine_code((8, 0), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["default_folder", "find_cached"])
+def test_a_user_without_a_home_or_a_cache_that_can_be_read_compiles_all_the_same(
+    compilations, tmp_path, monkeypatch, name
+):
+    def refuse(*_):
+        raise FolderError("no home") if name == "default_folder" else PermissionError("read-only")
+
+    expected = machine_code((8, 0), tmp_path)
+    monkeypatch.setattr(nvrtc, name, refuse)
+    assert machine_code((8, 0)) == expected
+    assert len(compilations) == 2
 
 
 @pytest.mark.parametrize(
