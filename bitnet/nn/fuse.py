@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.nn.packed_linear import PackedLinear
+from bitnet.nn.quantized_linear import result_dtype
 from bitnet.ops import packed_linear
 from bitnet.ops.cpu import cpu_linear
 from bitnet.quant.packed import PackedTensor
@@ -22,10 +23,14 @@ def fused(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     """A function of an input that gives the answers of all ``layers``, one after the other in the last dimension.
 
     One call of ``torch.ops.bitnet.packed_linear`` where they are packed alike (layout, quantizer of inputs, a bias or
-    none); else each is called. Fused again, nothing moves: the parts of a matrix are recognized.
+    none); else each is called. Fused again, nothing moves: the parts of a matrix are recognized. Scales and biases are
+    copied: a function made before a change of them, or of the layers, answers as they were.
 
     Args:
         layers: linears with as many input features each.
+
+    Raises:
+        InputError: by the function, for an input that the layers refuse.
     """
     first = layers[0]
     if isinstance(first, PackedLinear) and first._known is not None and all(_alike(first, each) for each in layers):
@@ -34,10 +39,17 @@ def fused(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
         biases = [each.bias for each in layers if isinstance(each.bias, Tensor)]
         bias = torch.cat(biases) if biases else None
         layout, activation = weights[0].layout, first._known
-        # The arguments fit by construction: in main memory, where the operator's checks and dispatch take as long as a
-        # small product, what it would run is called at once.
-        run = cpu_linear if packed.device.type == "cpu" else packed_linear
-        return lambda x: run(x, packed, scale, bias, layout, activation)
+        columns, in_memory = weights[0].columns, packed.device.type == "cpu"
+
+        def run(x: Tensor) -> Tensor:
+            # In main memory the operator's checks and dispatch take as long as a small product, so what it would run is
+            # called at once where ``x``, which alone could be wrong, fits. The rest, gradients too, is the operator's.
+            direct = in_memory and not torch.is_grad_enabled() and x.is_floating_point() and x.device == packed.device
+            fits = direct and x.dim() > 0 and x.shape[-1] == columns
+            y = (cpu_linear if fits else packed_linear)(x, packed, scale, bias, layout, activation)
+            return y.to(result_dtype(x))
+
+        return run
     if len(layers) == 1:
         return first
     return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)

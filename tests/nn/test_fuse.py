@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bitnet.errors import InputError
 from bitnet.nn import BitLinear, BitLinear158, PackedLinear
 from bitnet.nn.fuse import fused
 from bitnet.quant import absmean_ternary, zero_point
@@ -34,6 +35,32 @@ def test_answers_are_those_of_the_layers_bit_for_bit(kind, layout, bias, dtype):
     call = fused(parts)
     assert torch.equal(call(x), expected)
     assert torch.equal(torch.cat([layer(x) for layer in parts], -1), expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(
+    "x",
+    [torch.randn(2, 36), torch.randn(2, 4000), torch.randn(2, 5), torch.ones(2, 37, dtype=torch.int64), torch.ones(())],
+)
+def test_an_input_that_the_layers_refuse_is_refused(x, grad):
+    call = fused(layers())
+    with torch.set_grad_enabled(grad), pytest.raises(InputError):
+        call(x)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_decides_the_dtype_of_the_answer_as_in_the_layers(grad):
+    parts, x = layers(), torch.randn(4, 37)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        found, expected = fused(parts)(x), torch.cat([layer(x) for layer in parts], -1)
+    assert found.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(found, expected)
+
+
+def test_a_gradient_is_refused_as_by_the_layers():
+    y = fused(layers())(torch.randn(4, 37, requires_grad=True))
+    with pytest.raises(InputError, match="no gradient"):
+        y.sum().backward()
 
 
 def test_a_scale_for_each_row_is_kept():
