@@ -7,6 +7,7 @@ from transformers import DynamicCache
 
 from bitnet.generation import CachedModel, Sampler, Sampling, new_tokens
 from bitnet.generation.cache import SMALLEST, GrowingLayer
+from bitnet.nn import convert, freeze, pack
 
 IDS = torch.randint(300, (90,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -113,3 +114,63 @@ def test_an_interrupted_reading_leaves_nothing_half_read(monkeypatch):
     handle.remove()
     assert cached.keep(IDS[:20]) == 0
     assert torch.allclose(cached.read(IDS[:20]), all_logits(model, IDS[:20])[-1], rtol=0, atol=1e-12)
+
+
+def scaled(body: str, *, packed: bool, by: float):
+    model = tiny(body, seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "proj" in name:
+                parameter.mul_(by)
+    if packed:
+        convert(model)
+        freeze(model)
+        pack(model)
+    return model
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("body", ["bitnet", "qwen2"])
+def test_weights_that_were_loaded_after_the_cache_was_made_are_those_that_answer(body, packed, inference):
+    model, other = scaled(body, packed=packed, by=1.0), scaled(body, packed=packed, by=20.0)
+    with torch.inference_mode(inference):
+        cached = CachedModel(model)
+        cached.read(IDS[:10])
+        cached.read(IDS[10:11])
+    model.load_state_dict(other.state_dict())
+    expected = [all_logits(other, IDS[:end])[-1] for end in (15, 16)]
+    with torch.inference_mode(inference):
+        found = [cached.read(IDS[11:15]), cached.read(IDS[15:16])]
+    assert cached.ids == IDS[:16]
+    for one, it in zip(found, expected, strict=True):
+        assert (one - it).std() / it.std() < 0.01
+    assert cached.keep(IDS[:16]) == 15
+    model.load_state_dict(scaled(body, packed=packed, by=3.0).state_dict())
+    assert cached.keep(IDS[:16]) == 0
+
+
+@pytest.mark.parametrize("change", ["module", "optimizer", "hook"])
+def test_a_model_that_was_changed_otherwise_is_taken_as_it_is_now(change):
+    model = tiny("llama")
+    cached = CachedModel(model)
+    cached.read(IDS[:10])
+    if change == "module":
+        model.model.layers[0].mlp = tiny("llama", seed=5).model.layers[0].mlp
+    elif change == "hook":
+        model.model.layers[0].mlp.register_forward_hook(lambda _module, _given, output: output * 3)
+    else:
+        model(torch.tensor([IDS[:10]]), labels=torch.tensor([IDS[:10]])).loss.backward()
+        torch.optim.SGD(model.parameters(), lr=0.3).step()
+    assert cached.keep(IDS[:12]) == 0
+    cached.read(IDS[:12])
+    assert torch.allclose(cached.read(IDS[12:13]), all_logits(model, IDS[:13])[-1], atol=1e-3)
+
+
+def test_a_model_that_did_not_change_is_not_read_again():
+    for model in (quantized("bitnet", packed=True), tiny("qwen2")):
+        cached, other = CachedModel(model), CachedModel(model)
+        for each in (cached, other, cached):
+            each.keep(IDS[:20])
+            each.read(IDS[len(each.ids) : 20])
+        assert cached.keep(IDS[:20]) == other.keep(IDS[:20]) == 19
