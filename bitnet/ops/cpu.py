@@ -6,6 +6,7 @@ prints; not to run the first is also said by a warning.
 """
 
 import functools
+import itertools
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bitnet.ops.build import BuildError, FolderError, library
 from bitnet.ops.int8 import int8_linear
-from bitnet.ops.native import LAYOUTS, Native
+from bitnet.ops.native import LAYOUTS, TYPES, Native
 from bitnet.ops.packed_linear import LIBRARY, check_arguments, reference_linear
 from bitnet.ops.reference import EXACT_SUM
 from bitnet.ops.remembered import Remembered
@@ -94,7 +95,7 @@ def cpu_linear(
 
 
 def fault_of(native: Native, tier: str) -> str | None:
-    """Why a tier must not run, None if it answers like the reference on a small problem of every layout.
+    """Why a tier must not run, None if it answers like the reference on small problems of every layout and dtype.
 
     An instruction set that this project could not test, or a compiler that gets one wrong, must not answer for a model.
     """
@@ -102,10 +103,13 @@ def fault_of(native: Native, tier: str) -> str | None:
     for layout in LAYOUTS:
         codes = torch.randint(0, 2, (35, 700), generator=draw, dtype=torch.int8) * 2 - 1
         packed, scale = pack(codes, layout), torch.rand(35, 1, generator=draw)
-        for tokens in (1, 7, 33):
-            arguments = torch.randn(tokens, 700, generator=draw), packed, scale, None, layout, "absmax"
-            if not torch.equal(native(*arguments, tier), reference_linear(*arguments)):
-                return f"wrong results in layout {layout} with {tokens} rows: this is a bug, please report it"
+        for tokens, dtype in itertools.product((1, 7, 33), TYPES):
+            x, added = torch.randn(tokens, 700, generator=draw).to(dtype), torch.randn(35, generator=draw).to(dtype)
+            for bias in (None, added):
+                arguments = x, packed, scale, bias, layout, "absmax"
+                if not torch.equal(native(*arguments, tier), reference_linear(*arguments)):
+                    problem = f"layout {layout} with {tokens} rows of {dtype}{'' if bias is None else ' and a bias'}"
+                    return f"wrong results in {problem}: this is a bug, please report it"
     return None
 
 

@@ -41,11 +41,22 @@ def test_every_tier_of_this_processor_gives_the_references_bits(native, tier, la
             assert torch.equal(native(*args, tier=tier), reference_linear(*args))
 
 
-def test_a_tier_that_answers_wrong_is_found_and_not_chosen(native, monkeypatch):
+@pytest.mark.parametrize(
+    "where",
+    [
+        lambda x, bias: True,
+        lambda x, bias: x.dtype == torch.bfloat16,
+        lambda x, bias: x.dtype == torch.float16,
+        lambda x, bias: bias is not None,
+        lambda x, bias: bias is not None and bias.dtype == torch.float16 and len(x) == 33,
+    ],
+    ids=["everywhere", "bfloat16", "float16", "bias", "one of all"],
+)
+def test_a_tier_that_answers_wrong_is_found_and_not_chosen(native, monkeypatch, where):
     class Wrong(Native):
         def __call__(self, *arguments, **options):
             y = super().__call__(*arguments, **options)
-            return y + (0.5 if arguments[-1] == self.tiers[0] else 0)
+            return y + (0.5 if arguments[-1] == self.tiers[0] and where(arguments[0], arguments[3]) else 0)
 
     monkeypatch.setattr(cpu, "Native", Wrong)
     chosen = cpu.choice.__wrapped__()
