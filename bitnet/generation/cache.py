@@ -57,10 +57,11 @@ class CachedModel:
 
     Attributes:
         ids: what was read so far.
+        calls: of `read` and `keep`, so far; who counts its own knows whether another has come between.
     """
 
     def __init__(self, model: "PreTrainedModel") -> None:
-        self.model = model
+        self.model, self.calls = model, 0
         self._begin()
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -77,6 +78,7 @@ class CachedModel:
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """Logits [vocabulary] of the token after ``ids``, which follow those of the calls before; at least one."""
+        self.calls += 1
         if (len(ids) > 1 or not self.ids) and self._stamp != _stamp(self.model):
             ids = [*self.ids, *ids]
             self._begin()
@@ -103,6 +105,7 @@ class CachedModel:
 
         At least one always does, as its logits are wanted; all do, where the model has changed.
         """
+        self.calls += 1
         if self._stamp != _stamp(self.model):
             self._begin()
         same = 0

@@ -88,11 +88,12 @@ def stream(
         prompt: a text, or ids (`chat_ids` makes those of a conversation).
         sampling: how tokens are chosen and what ends the text; None: `Sampling` with its defaults.
         cached: a `CachedModel` of ``model`` that was used before: what it has read and ``prompt`` begins with is not
-            read again.
+            read again. One text at a time: what another one read must not come between.
 
     Raises:
         InputError: a prompt that is empty, too long for the model's context, or not of its vocabulary. It comes
             from this call, not from the first piece.
+            And, from a piece: ``cached`` has read something else since the piece before.
     """
     sampling = Sampling() if sampling is None else sampling
     ids = prompt_ids(tokenizer, prompt) if isinstance(prompt, str) else [int(each) for each in prompt]
@@ -156,9 +157,16 @@ def _tokens(
     known = max(tokenizer.get_vocab().values()) + 1  # a model can have more rows, for which there is no text
     limit = context_limit(cached.model)
     room = sampling.max_new_tokens if limit is None else limit - len(ids)
-    draw = Sampler(sampling, context=ids)
+    draw, calls = Sampler(sampling, context=ids), cached.calls
 
     def read(tokens: Sequence[int]) -> "Tensor":
+        nonlocal calls
+        if cached.calls != calls:
+            raise InputError(
+                "another text has used this CachedModel since this one's last piece: end one before the next begins, "
+                "or make a CachedModel for each"
+            )
+        calls += 1
         return cached.read(tokens)[:known].cpu()
 
     ends = end_ids(cached.model, tokenizer, sampling.stop)

@@ -198,6 +198,36 @@ def test_a_cache_of_another_model_is_refused():
         stream(tiny("llama"), TOKENIZER, "a", cached=CachedModel(tiny("llama")))
 
 
+@pytest.mark.parametrize("between", ["stream", "read", "keep"])
+def test_two_texts_at_once_on_one_cache_are_refused(between):
+    model = tiny("llama")
+    cached = CachedModel(model)
+    one = stream(model, TOKENIZER, "a", Sampling(max_new_tokens=30), cached=cached)
+    next(one)
+    if between == "stream":
+        two = stream(model, TOKENIZER, "Die Katze", Sampling(max_new_tokens=5), cached=cached)
+        next(two)
+    elif between == "read":
+        cached.read([7])
+    else:
+        cached.keep([1])
+    with pytest.raises(InputError, match="another text has used this CachedModel"):
+        list(one)
+    if between == "stream":  # the later one goes on
+        alone = stream(model, TOKENIZER, "Die Katze", Sampling(max_new_tokens=5))
+        next(alone)
+        assert list(two) == list(alone)
+
+
+def test_a_text_can_begin_where_another_was_dropped():
+    model = tiny("llama")
+    cached = CachedModel(model)
+    next(stream(model, TOKENIZER, "ab", Sampling(max_new_tokens=30), cached=cached))
+    found = stream(model, TOKENIZER, "abc", Sampling(max_new_tokens=5), cached=cached)
+    assert "".join(found) == complete(model, TOKENIZER, "abc", Sampling(max_new_tokens=5)).text
+    assert found.statistics.reused_tokens > 1
+
+
 def test_the_chat_template_makes_the_prompt():
     tokenizer = byte_level()
     tokenizer.chat_template = (
