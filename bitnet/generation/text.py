@@ -74,7 +74,7 @@ class Detokenizer:
 
 
 class StopFilter:
-    """Passes text on up to the first of some stop texts, however it is cut into pieces.
+    """Passes text on up to that of some stop texts which is complete first, however it is cut into pieces.
 
     Attributes:
         stopped: whether one has come.
@@ -88,10 +88,11 @@ class StopFilter:
         if not self._stops or self.stopped:
             return "" if self.stopped else piece
         text, self._held = self._held + piece, ""
-        places = [place for place in map(text.find, self._stops) if place >= 0]
-        if places:
+        places = [(text.find(stop), stop) for stop in self._stops]
+        ends = [(place + len(stop), place) for place, stop in places if place >= 0]
+        if ends:  # the one that is complete first, of these the longest: the same, however the text is cut
             self.stopped = True
-            return text[: min(places)]
+            return text[: min(ends)[1]]
         longest = min(len(text), max(map(len, self._stops)) - 1)
         held = next((n for n in range(longest, 0, -1) if self._begins_a_stop(text[-n:])), 0)
         self._held = text[len(text) - held :]
