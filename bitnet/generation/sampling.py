@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -42,6 +43,10 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool):
+                raise InputError(f"{name} must be a whole number, got {value!r}")
         for name, fits, expected in (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
             ("temperature", 0 <= self.temperature < math.inf, "0 (the most likely token) or above"),
@@ -94,7 +99,10 @@ class Sampler:
     def _penalized(self, logits: Tensor) -> Tensor:
         if self._penalty is None:
             self._penalty = torch.ones_like(logits)
-            self._penalty[self._occurred] = self._sampling.repetition_penalty
+            known = [
+                each for each in self._occurred if 0 <= each < len(logits)
+            ]  # a model can read more ids than it may say
+            self._penalty[known] = self._sampling.repetition_penalty
         return torch.where(logits > 0, logits / self._penalty, logits * self._penalty)
 
     def _drawn(self, weights: Tensor) -> Tensor:

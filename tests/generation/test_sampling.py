@@ -73,6 +73,11 @@ def test_the_penalty_lowers_tokens_of_the_context_and_of_the_text():
     assert torch.allclose(found, expected, atol=0.1)
 
 
+def test_tokens_of_the_context_that_cannot_be_drawn_are_not_penalized():
+    draw = Sampler(Sampling(temperature=0, repetition_penalty=2.0), context=[1, 5, 150])
+    assert draw(LOGITS) == 3
+
+
 def test_a_seed_repeats_itself_and_leaves_the_global_random_state_alone():
     before = torch.get_rng_state()
     texts = []
@@ -111,6 +116,10 @@ def test_a_token_that_is_ruled_out_is_never_drawn():
         {"top_p": float("nan")},
         {"repetition_penalty": 0.0},
         {"max_new_tokens": 0},
+        {"max_new_tokens": 1.5},
+        {"max_new_tokens": True},
+        {"top_k": 2.5},
+        {"seed": 1.0},
         {"seed": -1},
         {"stop": ("a", "")},
     ],
