@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
+from bitnet.nn.linears import is_linear
 from bitnet.nn.quantized_linear import QuantizedLinear
 from bitnet.ops import packed_linear
 from bitnet.quant.packing import pack
@@ -70,7 +71,7 @@ def round_head(model: nn.Module) -> None:
     """
     name = next((name for name, _ in model.named_modules() if name.split(".")[-1] == "lm_head"), None)
     head = None if name is None else model.get_submodule(name)
-    if isinstance(head, nn.Linear):
+    if isinstance(head, nn.Linear) and is_linear(head):  # a BitLinear is none: it computes with other values
         weight = head.weight
     elif isinstance(head, QuantizedLinear) and head.activation is None:
         weight = head.weight.dequantize()

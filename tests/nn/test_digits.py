@@ -6,7 +6,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitnet.errors import InputError
-from bitnet.nn import QuantizedLinear
+from bitnet.nn import BitLinear158, QuantizedLinear
 from bitnet.nn.digits import LARGEST, DigitLinear, round_head
 from bitnet.quant import PackedTensor, absmax
 
@@ -73,6 +73,9 @@ def test_what_is_no_head_in_float_is_refused():
     network = model(False)
     network.lm_head = QuantizedLinear(absmax(network.lm_head.weight.detach()), activation=absmax)
     with pytest.raises(InputError, match="got QuantizedLinear"):
+        round_head(network)
+    network.lm_head = BitLinear158(64, 200)
+    with pytest.raises(InputError, match="got BitLinear158"):
         round_head(network)
     with pytest.raises(InputError, match="got NoneType"):
         round_head(nn.Linear(3, 3))
