@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None, load: "Callable[[Path], Loaded]
         print(f"error: {error}", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it at exit
+        _write_no_more()
         return 141
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -73,13 +73,13 @@ class _Speaker:
             for piece in pieces:
                 text += piece
                 if not self.options.json:
-                    print(piece, end="", flush=True)
+                    _write(piece)
         except KeyboardInterrupt:
             interrupted = True
         if self.options.json:
-            print(json.dumps({"text": text, **asdict(pieces.statistics)}, ensure_ascii=False), flush=True)
+            _write(json.dumps({"text": text, **asdict(pieces.statistics)}, ensure_ascii=False) + "\n")
         else:
-            print(flush=True)
+            _write("\n")
         if not self.options.quiet:
             print(self.report(pieces.statistics), file=sys.stderr)
         return text, interrupted
@@ -133,7 +133,7 @@ def _converse(speaker: _Speaker, prompt: str | None) -> int:
     chat_ids(speaker.tokenizer, [{"role": "user", "content": ""}])  # refuse before the first line is typed
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
+        line = _from_standard_input(sys.stdin.readline)
         if not line:
             return 0
         messages.append({"role": "user", "content": line.rstrip("\n")})
@@ -141,11 +141,30 @@ def _converse(speaker: _Speaker, prompt: str | None) -> int:
         messages.append({"role": "assistant", "content": text})
 
 
+def _write(text: str) -> None:
+    """``text`` on standard output, at once."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, for one
+        _write_no_more()
+        raise InputError(f"standard output cannot be written to: {error}") from error
+
+
+def _write_no_more() -> None:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the interpreter flushes it at exit
+
+
 def _read_prompt(given: str | None) -> str | None:
     if given != "-":
         return given
+    return _from_standard_input(sys.stdin.read).removesuffix("\n")  # the line's end that echo adds
+
+
+def _from_standard_input(read: Callable[[], str]) -> str:
     try:
-        return sys.stdin.read().removesuffix("\n")  # the line's end that echo adds
+        return read()
     except UnicodeDecodeError as error:
         raise InputError(f"standard input is not text in {sys.stdin.encoding}: {error}") from error
 

@@ -15,8 +15,9 @@ def prompt_ids(tokenizer: "PreTrainedTokenizerBase", prompt: str) -> list[int]:
     An empty prompt is the start of a document.
 
     Raises:
-        InputError: an empty prompt, and the tokenizer has no mark for the start.
+        InputError: an empty prompt, and the tokenizer has no mark for the start; or bytes that are no text.
     """
+    _refuse_bytes(prompt)
     start, plain = _start(tokenizer), tokenizer.encode(prompt, add_special_tokens=False)
     if not start and not plain:
         begin = tokenizer.bos_token_id
@@ -33,7 +34,7 @@ def chat_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[st
         messages: each with "role" ("system", "user", "assistant") and "content".
 
     Raises:
-        InputError: no chat template, or one that cannot render these messages.
+        InputError: no chat template, or one that cannot render these messages; or bytes that are no text.
     """
     if not tokenizer.chat_template:
         raise InputError(
@@ -47,6 +48,7 @@ def chat_ids(tokenizer: "PreTrainedTokenizerBase", messages: Sequence[Mapping[st
         )
     except TemplateError as error:
         raise InputError(f"the chat template cannot render these messages: {error}") from error
+    _refuse_bytes(str(text))
     return tokenizer.encode(str(text), add_special_tokens=False)  # a template writes the marks itself
 
 
@@ -79,6 +81,16 @@ def end_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", stop
     special = set(tokenizer.all_special_tokens) | {str(each) for each in tokenizer.added_tokens_decoder.values()}
     ends += [tokenizer.convert_tokens_to_ids(each) for each in stop if each in special]  # they have no text to compare
     return frozenset(int(each) for each in ends if each is not None)
+
+
+def _refuse_bytes(text: str) -> None:
+    """Python stands surrogates for bytes of a command line that are in no encoding; tokenizers cannot read them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"the prompt has bytes, or half characters, that are no text, at character {error.start}: give it in UTF-8"
+        ) from error
 
 
 def _start(tokenizer: "PreTrainedTokenizerBase") -> list[int]:

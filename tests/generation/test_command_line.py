@@ -75,6 +75,12 @@ def test_standard_input_that_is_no_text_is_refused(run, capsys, monkeypatch):
     assert "standard input is not text in utf-8" in capsys.readouterr().err
 
 
+def test_lines_of_a_conversation_that_are_no_text_are_refused(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\n"), encoding="utf-8"))
+    assert run("--chat", tokenizer=chatting()) == 1
+    assert re.fullmatch("> error: standard input is not text in utf-8: .*\n", capsys.readouterr().err)
+
+
 def test_json_holds_the_text_and_its_figures(run, capsys):
     assert run("a", "--json", "--max-new-tokens", "5", "--quiet") == 0
     found = json.loads(capsys.readouterr().out)
@@ -131,6 +137,7 @@ def test_an_interrupt_ends_with_what_was_written(run, capsys, monkeypatch):
         (["--chat"], "no chat template"),
         (["a", "--system", "b"], "add --chat"),
         (["a" * 400], "context is 400"),
+        (["a\udcff"], "no text, at character 1"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(run, capsys, arguments, message):
@@ -187,3 +194,15 @@ def test_a_reader_that_goes_away_ends_it_quietly(folder):
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait() == 141
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_an_output_that_is_full_is_said_in_one_line(folder, flags):
+    program = PROGRAM.format(tests=os.path.dirname(__file__), folder=str(folder)).replace('"3000"', f'"3", *{flags}')
+    with open("/dev/full", "w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert re.fullmatch("error: standard output cannot be written to: .*No space left.*\n", found.stderr)
+    assert found.returncode == 1

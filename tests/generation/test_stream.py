@@ -148,6 +148,15 @@ def test_an_empty_prompt_starts_a_document():
         prompt_ids(byte_level(start=False), "")
 
 
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(InputError, match="no text, at character 2"):
+        prompt_ids(TOKENIZER, "ab\udcff")
+    tokenizer = byte_level()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    with pytest.raises(InputError, match="no text, at character 1"):
+        chat_ids(tokenizer, [{"role": "user", "content": "a\udcff"}])
+
+
 def test_a_mark_for_the_end_is_not_put_behind_the_prompt():
     tokenizer = byte_level(end=True)
     assert tokenizer.encode("ab")[-1] == tokenizer.eos_token_id
