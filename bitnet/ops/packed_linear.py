@@ -4,6 +4,8 @@ What it answers is defined here, in plain PyTorch: quantize the inputs, unpack t
 reference runs wherever no kernel is registered for the device. A kernel has to give the same integers, so the operator
 answers like the frozen layer (`bitnet.nn.QuantizedLinear`) bit for bit.
 
+``import bitnet.ops`` registers it: a process that only loads a program with `torch.export.load` needs that import too.
+
 A kernel for a device is a function of the operator's arguments, which calls `check_arguments` first::
 
     LIBRARY.impl("packed_linear", function, "CUDA")
@@ -37,7 +39,8 @@ def packed_linear(
     """``activation(x)`` times the unpacked weight, plus bias, in the dtype of ``x``.
 
     Not differentiable: a frozen layer does not train. Results are exact up to 131072 columns (float32 holds the sum);
-    of longer rows the product is one of dequantized values, and rounds.
+    of longer rows the product is one of dequantized values, and rounds. ``import bitnet.ops`` registers it as
+    ``torch.ops.bitnet.packed_linear``, which a program saved by `torch.export` needs before it is loaded.
 
     Args:
         x: inputs [*rows, in], floating.

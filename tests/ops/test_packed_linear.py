@@ -1,5 +1,8 @@
 """The packed operator gives the reference's bits, fits PyTorch's compilers, and says what does not fit."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -168,6 +171,22 @@ def test_it_compiles_and_exports_without_a_break():
     exported = torch.export.export(Layer(), (args[0],), dynamic_shapes={"x": {0: torch.export.Dim("rows", min=2)}})
     x = torch.randn(11, 20)
     assert torch.equal(exported.module()(x), packed_linear(x, *args[1:]))
+
+
+@pytest.mark.slow
+def test_importing_the_operators_is_all_that_an_exported_program_needs(tmp_path):
+    class Layer(torch.nn.Module):
+        def forward(self, x):
+            return packed_linear(x, *args)
+
+    x, *args = arguments()
+    torch.export.save(torch.export.export(Layer(), (x,)), tmp_path / "layer.pt2")
+    torch.save((x, packed_linear(x, *args)), tmp_path / "expected.pt")
+    load = (
+        "import sys, torch, bitnet.ops; x, y = torch.load('expected.pt'); "
+        "sys.exit(not torch.equal(torch.export.load('layer.pt2').module()(x), y))"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", load], cwd=tmp_path).returncode == 0
 
 
 def test_inference_mode_and_grad_mode_give_the_same():
