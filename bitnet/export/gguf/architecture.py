@@ -172,7 +172,7 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
     if architecture.tied and not config.tie_word_embeddings:
         yield (
             f"the architecture {architecture.name} takes the embedding for the head, and this model has a head of its "
-            "own: train with model.size.tie_word_embeddings=true"
+            "own: train with size.tie_word_embeddings=true"
         )
     rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
     if rope.get("rope_type", "default") not in ("default", "linear"):
