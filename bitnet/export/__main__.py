@@ -23,7 +23,6 @@ EPILOG = """\
 def main(arguments: list[str] | None = None) -> None:
     """Parse ``arguments`` (the process's own by default), write, and print what was written."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     try:
         if not options.check and options.to is None:
             raise InputError("name a format with --to, or ask which ones fit with --check")
@@ -111,4 +110,5 @@ class _Verbatim(argparse.RawDescriptionHelpFormatter):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that nothing half-written stays
     main()

@@ -183,7 +183,7 @@ def test_importing_the_operators_is_all_that_an_exported_program_needs(tmp_path)
     torch.export.save(torch.export.export(Layer(), (x,)), tmp_path / "layer.pt2")
     torch.save((x, packed_linear(x, *args)), tmp_path / "expected.pt")
     load = (
-        "import sys, torch, bitnet.ops; x, y = torch.load('expected.pt'); "
+        "import sys, torch, bitnet.ops; x, y = torch.load('expected.pt', weights_only=True); "
         "sys.exit(not torch.equal(torch.export.load('layer.pt2').module()(x), y))"
     )
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", load], cwd=tmp_path).returncode == 0
