@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bitnet.errors import InputError
 from bitnet.export.gguf.container import Container, Value
 from bitnet.export.parity import rotary_problems
+from bitnet.quant import LearnedScale
 
 OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 LINEARS = {
@@ -171,8 +172,8 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
         )
     if architecture.tied and not config.tie_word_embeddings:
         yield (
-            f"the architecture {architecture.name} takes the embedding for the head, and this model has a head of its "
-            "own: train with size.tie_word_embeddings=true"
+            f"the architecture {architecture.name} takes the embedding for the head, this model has one of its own: train "
+            "with size.tie_word_embeddings=true"
         )
     rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
     if rope.get("rope_type", "default") not in ("default", "linear"):
@@ -182,12 +183,13 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
     if architecture.square and _head_size(config) * config.num_attention_heads != config.hidden_size:
         yield f"heads of {_head_size(config)} do not add up to the hidden size, as {architecture.name} expects"
     yield from rotary_problems(model)
-    tied = bool(config.tie_word_embeddings)
-    for name in model.state_dict():
-        if architecture.gguf_name(_parameter(name)) is None:
-            what = "biases there" if name.endswith(".bias") else "such a tensor"
-            yield f"{name} has no place: the architecture {architecture.name} has no {what}"
-    if tied and not _is_tied(model):
+    learned = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, LearnedScale)}
+    lost = [name for name in model.state_dict() if name not in learned and not architecture.gguf_name(_parameter(name))]
+    biases = [name for name in lost if name.endswith(".bias")]
+    for what, names in (("biases there", biases), ("such a tensor", [name for name in lost if name not in biases])):
+        if names:
+            yield f"{names[0]} has no place ({len(names)} in all): the architecture {architecture.name} has no {what}"
+    if config.tie_word_embeddings and not _is_tied(model):
         yield "the config ties head and embedding, and they are two tensors: set config.tie_word_embeddings=False"
 
 

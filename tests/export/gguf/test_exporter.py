@@ -19,7 +19,7 @@ from bitnet.export.parity import logits, token_ids
 from bitnet.export.protocol import ExportError
 from bitnet.nn import BitLinear, BitLinear158, QuantizedEmbedding, QuantizedLinear, convert, freeze, pack
 from bitnet.ptq import BiLLM, KQuant, RoundToNearest, quantize
-from bitnet.quant import absmax, absmax_b1, absmean_ternary
+from bitnet.quant import SEQ, absmax, absmax_b1, absmean_ternary
 from bitnet.quant.ggml import GGMLWeight, absmax_blocks
 
 
@@ -321,6 +321,8 @@ def test_what_has_no_place_in_a_file_is_refused_with_what_would_fit(tiny, b158):
     by_row = b158("llama", frozen=False, layer=lambda each: BitLinear158.from_linear(each, quantizer=_by_row))
     assert "granularity tensor, or set scale=block" in problems(by_row)
     assert problems(by_row, scale="block") == ""
+    learned = b158("llama", frozen=False, layer=lambda each: BitLinear158.from_linear(each, quantizer=SEQ(bits=1.58)))
+    assert problems(learned, scale="block") == ""  # a learned scale is no tensor of the file
     model = tiny("llama")
     model.model.layers[0].mlp.down_proj = QuantizedLinear(
         BiLLM().quantize(torch.randn(256, 512), _statistics(512)), activation=None
@@ -328,7 +330,7 @@ def test_what_has_no_place_in_a_file_is_refused_with_what_would_fit(tiny, b158):
     assert "has no GGUF type: quantize with ptq=kquant" in problems(model)
     biased = tiny("bitnet")
     biased.model.layers[0].self_attn.o_proj = nn.Linear(256, 256)
-    assert "o_proj.bias has no place: the architecture bitnet has no biases there" in problems(biased)
+    assert "o_proj.bias has no place (1 in all): the architecture bitnet has no biases there" in problems(biased)
     mixed = b158("llama")
     mixed.model.layers[0].mlp.down_proj.activation = absmax_b1
     assert "quantize their inputs in different ways" in problems(mixed)
