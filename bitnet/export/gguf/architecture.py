@@ -172,7 +172,7 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
         )
     if architecture.tied and not config.tie_word_embeddings:
         yield (
-            f"the architecture {architecture.name} takes the embedding for the head, this model has one of its own: train "
+            f"the architecture {architecture.name} takes the embedding for the head, this model has its own: train "
             "with size.tie_word_embeddings=true"
         )
     rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
