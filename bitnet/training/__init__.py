@@ -11,6 +11,7 @@ from bitnet.training.progress import TrainingProgress
 from bitnet.training.random_state import RandomState
 from bitnet.training.samples import WriteSamples, generate
 from bitnet.training.schedules import Factors, Schedule, constant, cosine, two_stage, wsd
+from bitnet.training.small_states import adafactor, adamw8bit
 from bitnet.training.warmup import QuantizationWarmup, WarmUp
 
 __all__ = [
@@ -31,7 +32,9 @@ __all__ = [
     "TrainingProgress",
     "WarmUp",
     "WriteSamples",
+    "adafactor",
     "adamw",
+    "adamw8bit",
     "constant",
     "cosine",
     "generate",

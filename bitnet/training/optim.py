@@ -7,6 +7,7 @@ occurs: decay would pull rare tokens to zero.
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,16 @@ def adamw(
 
     Source: Decoupled weight decay, arXiv:1711.05101; betas of BitNet b1.58, arXiv:2402.17764.
     """
+    groups = parameter_groups(model, lr=lr, weight_decay=weight_decay, scale_lr=scale_lr)
+    return torch.optim.AdamW(groups, lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True)
+
+
+def parameter_groups(model: nn.Module, *, lr: float, weight_decay: float, scale_lr: float) -> list[dict[str, Any]]:
+    """What every optimizer here trains, in up to three groups: those that decay, the rest, and learned scales.
+
+    Raises:
+        InputError: see `adamw`.
+    """
     if not isinstance(lr, int | float) or not 0 < lr < math.inf:
         raise InputError(f"optim.lr must be a positive number, got {lr!r}")
     if not isinstance(scale_lr, int | float) or not 0 < scale_lr < math.inf:
@@ -60,9 +71,7 @@ def adamw(
         {"params": rest, "weight_decay": 0.0},
         {"params": [p for p in trainable.values() if id(p) in scales], "weight_decay": 0.0, "lr": lr * scale_lr},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=lr, betas=(betas[0], betas[1]), eps=eps, fused=True
-    )
+    return [group for group in groups if group["params"]]
 
 
 @torch.no_grad()
