@@ -47,8 +47,11 @@ def matmul_codes(q: Tensor, t: Tensor) -> Float[Tensor, "*rows out"]:
     """
     if q.is_cuda:
         flat = q.reshape(-1, q.shape[-1]).bfloat16()
-        return torch.mm(flat, t.bfloat16().t(), out_dtype=torch.float32).reshape(*q.shape[:-1], -1)
-    return q.float() @ t.float().t()
+        y = torch.mm(flat, t.bfloat16().t(), out_dtype=torch.float32).reshape(*q.shape[:-1], -1)
+    else:
+        y = q.float() @ t.float().t()
+    # Of one column nothing is summed, and 0 * -1 stays -0.0, where an integer kernel has 0.
+    return torch.where(y == 0, 0.0, y) if q.shape[-1] == 1 else y
 
 
 @torch.library.custom_op("bitnet::matmul_values", mutates_args=())

@@ -12,7 +12,7 @@ from bitnet.errors import InputError
 from bitnet.ops import cpu, packed_linear
 from bitnet.ops.int8 import int8_linear
 from bitnet.ops.packed_linear import reference_linear
-from bitnet.quant import PackedTensor, absmean_ternary, centred_sign
+from bitnet.quant import PackedTensor, absmean_ternary, centred_sign, pack
 
 OPERATOR = torch.ops.bitnet.packed_linear.default
 LAYOUTS = ["i2", "t5", "b1"]
@@ -71,6 +71,17 @@ def test_the_int8_product_answers_the_references_bits_too(layout):
         for columns, out in ((1, 1), (3, 5), (255, 66), (1000, 33)):
             args = arguments(rows, columns, out, layout, columns != 255, each=rows == 2)
             assert torch.equal(int8_linear(*args), reference_linear(*args))
+
+
+@pytest.mark.parametrize("bias", [None, -torch.zeros(3)], ids=["no bias", "bias of -0.0"])
+@pytest.mark.parametrize("columns", [1, 2, 17])
+def test_zero_has_the_references_sign(columns, bias):
+    weight = torch.tensor([[-1], [0], [1]], dtype=torch.int8).expand(3, columns).contiguous()
+    packed, scale = pack(weight, "i2"), torch.ones(3, 1)
+    x = torch.stack([torch.zeros(columns), torch.full((columns,), -0.7), torch.full((columns,), 0.7)])
+    expected = reference_linear(x, packed, scale, bias, "i2")
+    for linear in (packed_linear, lambda *arguments: int8_linear(*arguments, "absmax")):
+        assert torch.equal(linear(x, packed, scale, bias, "i2").view(torch.int32), expected.view(torch.int32))
 
 
 def test_sums_of_the_largest_codes_are_exact_up_to_the_longest_row():
