@@ -3,6 +3,6 @@
 Importing this registers them; nothing of CUDA is looked for before the first call with a tensor on a GPU.
 """
 
-from bitnet.ops.cuda.dispatch import prepare, states
+from bitnet.ops.cuda.dispatch import prepare, states, weights_used
 
-__all__ = ["prepare", "states"]
+__all__ = ["prepare", "states", "weights_used"]

@@ -5,25 +5,31 @@ few small problems; else the reference in plain PyTorch, which a warning says on
 
 The first call with a weight re-orders it for the kernels (as long as the weight lives, that copy of two bits a weight
 is kept beside it) and waits for the device. Later calls do not wait, allocate only through PyTorch's allocator, and run
-on the current stream, so that they can be captured into a CUDA graph: `prepare` does the first call's work beforehand.
+on the current stream, so that they can be captured into a CUDA graph: `prepare` does the first call's work beforehand,
+and `weights_used` gives what the graph must keep.
 """
 
 import functools
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 
 from bitnet.errors import InputError
 from bitnet.ops.build import BuildError
-from bitnet.ops.cuda.driver import module_on
+from bitnet.ops.cuda.driver import enter_context, module_on
 from bitnet.ops.cuda.layout import Prepacked, prepack
 from bitnet.ops.cuda.plan import DTYPES, EXACT_COLUMNS, MULTIPLICATIONS, Launch, launches
 from bitnet.ops.packed_linear import LIBRARY, check_arguments, reference_linear
 from bitnet.ops.remembered import Remembered
 from bitnet.quant.packing import pack, unpack
 
-_prepacked = Remembered[Prepacked](uncounted=True)
+# A change that PyTorch does not count would go unnoticed, and the old weight would answer.
+_prepacked = Remembered[Prepacked](uncounted=False)
+_collecting: ContextVar[list[Prepacked] | None] = ContextVar("_collecting", default=None)
 
 
 def cuda_linear(
@@ -76,6 +82,7 @@ def run(queue: list[Launch], device: torch.device) -> None:
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream(device).cuda_stream
         module = module_on(device.index)
+        enter_context(device.index)
         for each in queue:
             module.launch(each, stream)
 
@@ -90,35 +97,71 @@ def prepare(packed: Tensor, layout: str, columns: int) -> None:
         prepacked(packed, layout, columns)
 
 
+@contextmanager
+def weights_used() -> Iterator[list[Prepacked]]:
+    """Collects the re-ordered weights that calls inside it read.
+
+    A CUDA graph reads their memory in every replay, and must keep them: a weight that is changed or goes takes its
+    re-ordered copy along, and the graph would read what comes after it. ::
+
+        with weights_used() as kept:      # the calls before the capture will do
+            model(x)
+    """
+    kept = list[Prepacked]()
+    token = _collecting.set(kept)
+    try:
+        yield kept
+    finally:
+        _collecting.reset(token)
+
+
 def prepacked(packed: Tensor, layout: str, columns: int) -> Prepacked:
     """The weight in the kernels' order, made once and kept as long as ``packed`` lives and stays as it is.
+
+    Not kept where inference mode has made ``packed``: PyTorch counts no changes of such a tensor. A warning says so.
 
     Raises:
         InputError: bytes that no codes pack to, or a first call while a CUDA graph is captured.
     """
 
     def make() -> Prepacked:
-        refuse_capture()
+        if packed.is_inference():
+            warnings.warn(
+                "a packed weight that was made in torch.inference_mode() is re-ordered in every call, which takes many "
+                "times as long as multiplying: load the model, and move it to the device, outside of inference mode",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        refuse_capture(packed.device)
         made = prepack(unpack(packed, layout, columns))
         if packed.is_cuda:
             torch.cuda.current_stream(packed.device).synchronize()  # other streams may use it next
         return made
 
-    return _prepacked.get(packed, (layout, columns), make)
+    weight, kept = _prepacked.get(packed, (layout, columns), make), _collecting.get()
+    if kept is not None:
+        kept.append(weight)
+    return weight
 
 
-def refuse_capture() -> None:
+def refuse_capture(device: torch.device) -> None:
     """Raise InputError while the current stream is captured: for work that waits for the device."""
-    if capturing():
+    if capturing(device):
         raise InputError(
             "expected a weight that has been used before a CUDA graph is captured, got a new one: call the model "
-            "once, or bitnet.ops.cuda.prepare for every packed weight, before capturing"
+            "once, or bitnet.ops.cuda.prepare for every packed weight, before capturing; and no weight made in "
+            "torch.inference_mode()"
         )
 
 
-def capturing() -> bool:
-    """Whether the current stream is captured into a CUDA graph."""
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream, of ``device`` or of the current device, is captured into a CUDA graph."""
+    if not torch.cuda.is_initialized():
+        return False
+    if torch.cuda.is_current_stream_capturing():  # asks for the current device
+        return True
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache
@@ -136,10 +179,16 @@ def fault_on(index: int) -> str | None:
 
     Raises:
         InputError: a first call while a CUDA graph is captured.
+        torch.OutOfMemoryError: the device's memory is full, which says nothing about the kernels: the next call asks
+            again.
     """
-    refuse_capture()
+    device = torch.device("cuda", index)
+    refuse_capture(device)
     try:
-        fault = wrong_on(torch.device("cuda", index))
+        with torch.inference_mode(False):  # its weights are to be re-ordered once
+            fault = wrong_on(device)
+    except torch.OutOfMemoryError:
+        raise
     except (BuildError, OSError, RuntimeError) as error:
         fault = str(error)
     if fault is not None:

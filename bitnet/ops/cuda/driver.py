@@ -9,12 +9,14 @@ from torch import Tensor
 from bitnet.ops.cuda.nvrtc import machine_code
 from bitnet.ops.cuda.plan import Argument, Launch
 
+OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+
 
 class Module:
     """The kernels on one device; made with that device as the current one.
 
     Raises:
-        RuntimeError: the driver's error.
+        RuntimeError: the driver's error; torch.OutOfMemoryError, which is one, where the device's memory is full.
     """
 
     def __init__(self, code: bytes) -> None:
@@ -57,7 +59,30 @@ def module_on(index: int) -> Module:
     """
     with torch.cuda.device(index):
         torch.cuda.init()
+        enter_context(index)
         return Module(machine_code(torch.cuda.get_device_capability(index)))
+
+
+def enter_context(index: int) -> None:
+    """Let this thread's calls of the driver go to CUDA device ``index``, PyTorch's current one.
+
+    The driver has a context a thread, and a new thread has none. PyTorch's calls make one when they need it, and
+    ``torch.cuda.device(0)`` in a new thread makes no call, as device 0 is what a thread begins with.
+    """
+    current, own = ctypes.c_void_p(), primary_context(index)
+    check(driver().cuCtxGetCurrent(ctypes.byref(current)), "cuCtxGetCurrent")
+    if current.value != own.value:
+        check(driver().cuCtxSetCurrent(own), "cuCtxSetCurrent")
+
+
+@functools.cache
+def primary_context(index: int) -> ctypes.c_void_p:
+    """The context that PyTorch, and every library on CUDA's runtime, uses on CUDA device ``index``."""
+    device, context = ctypes.c_int(), ctypes.c_void_p()
+    check(driver().cuInit(0), "cuInit")
+    check(driver().cuDeviceGet(ctypes.byref(device), index), "cuDeviceGet")
+    check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device), "cuDevicePrimaryCtxRetain")
+    return context
 
 
 @functools.cache
@@ -72,4 +97,5 @@ def check(status: int, what: str) -> None:
         text = ctypes.c_char_p()
         driver().cuGetErrorString(status, ctypes.byref(text))
         reason = text.value.decode() if text.value else "unknown error"
-        raise RuntimeError(f"CUDA error {status} in {what}: {reason}")
+        kind = torch.OutOfMemoryError if status == OUT_OF_MEMORY else RuntimeError
+        raise kind(f"CUDA error {status} in {what}: {reason}")

@@ -7,8 +7,9 @@ code is kept in the user's cache folder, under a name with two digests::
     ~/.cache/bitnet/kernels/packed_linear-<source, options, compiler>-<content>.cubin
 
 A file whose content is not what its name says is damaged, and is built again. It is written under another name and then
-renamed: two processes that compile at once both leave a whole file, and neither waits. Without a folder that can be
-written every process compiles for itself.
+renamed: two processes that compile at once both leave a whole file, and neither waits. A damaged file is never removed
+before a whole one is there, and never under the name of the whole one: another process may just have put it there.
+Without a folder that can be written every process compiles for itself.
 """
 
 import ctypes
@@ -46,15 +47,19 @@ def machine_code(capability: tuple[int, int], folder: Path | None = None) -> byt
     key = digest("\0".join((*options, *map(str, version(compiler)))).encode() + source)
     try:
         folder = default_folder() if folder is None else folder
-        cached = find_cached(folder, key)
+        cached, damaged = find_cached(folder, key)
     except (OSError, FolderError):  # machine code needs no file: without a folder it is compiled in every process
         return compiled(compiler, source, options)
     if cached is not None:
         return cached
     code = compiled(compiler, source, options)
     try:
-        with atomic_file(folder / f"packed_linear-{key}-{digest(code)}.cubin") as partial:
+        path = folder / f"packed_linear-{key}-{digest(code)}.cubin"
+        with atomic_file(path) as partial:
             partial.write_bytes(code)
+        for each in damaged:
+            if each != path:
+                each.unlink(missing_ok=True)
     except (OSError, InputError):  # a home that cannot be written to costs the next process two seconds
         pass
     return code
@@ -76,14 +81,18 @@ def architecture_for(capability: tuple[int, int], supported: list[int]) -> int:
     return max(fitting)
 
 
-def find_cached(folder: Path, key: str) -> bytes | None:
-    """The whole cubin of this key, None if there is none; removes damaged ones."""
+def find_cached(folder: Path, key: str) -> tuple[bytes | None, list[Path]]:
+    """The whole cubin of this key, None if there is none; and damaged files of it."""
+    damaged = list[Path]()
     for path in sorted(folder.glob(f"packed_linear-{key}-*.cubin")):
-        code = path.read_bytes()
+        try:
+            code = path.read_bytes()
+        except FileNotFoundError:  # another process has removed it
+            continue
         if path.stem.rpartition("-")[2] == digest(code):
-            return code
-        path.unlink(missing_ok=True)
-    return None
+            return code, damaged
+        damaged.append(path)
+    return None, damaged
 
 
 def digest(content: bytes) -> str:
@@ -110,9 +119,8 @@ def library() -> ctypes.CDLL:
         except OSError:
             continue
     names = " and ".join(f"libnvrtc.so.{major}" for major in majors)
-    raise BuildError(
-        f"no NVRTC: looked for {names} (every CUDA build of torch brings it; pip install nvidia-cuda-nvrtc)"
-    )
+    wheel = "nvidia-cuda-nvrtc-cu12" if majors[0] == 12 else f'"nvidia-cuda-nvrtc=={majors[0]}.*"'
+    raise BuildError(f"no NVRTC: looked for {names}, which torch's wheels for CUDA bring along: pip install {wheel}")
 
 
 def wheel_folders() -> list[Path]:

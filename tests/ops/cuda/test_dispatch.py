@@ -2,6 +2,8 @@
 
 import gc
 import warnings
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,8 @@ import torch
 from bitnet.errors import InputError
 from bitnet.ops.build import BuildError
 from bitnet.ops.cuda import dispatch
-from bitnet.ops.cuda.dispatch import cuda_linear, kernel_linear, prepare
+from bitnet.ops.cuda.dispatch import cuda_linear, kernel_linear, prepare, weights_used
+from bitnet.ops.cuda.layout import unprepack
 from bitnet.ops.packed_linear import reference_linear
 from bitnet.quant import PackedTensor, QTensor, absmean_ternary
 
@@ -79,6 +82,33 @@ def test_the_reordered_weight_is_made_once_and_goes_with_the_weight(emulated, mo
     assert len(dispatch._prepacked) == known
 
 
+def test_a_weight_whose_changes_nobody_counts_is_never_taken_for_the_old_one(emulated):
+    packed, scale = weights()
+    x = torch.randn(2, 150)
+    with torch.inference_mode():
+        uncounted = packed.clone()
+        for _ in range(2):
+            with pytest.warns(RuntimeWarning, match="outside of inference mode"):
+                found = cuda_linear(x, uncounted, scale, None, "i2")
+            assert torch.equal(found, reference_linear(x, uncounted, scale, None, "i2"))
+            uncounted.copy_(weights()[0])
+
+
+def test_what_a_graph_must_keep_outlives_the_weight_that_it_came_from(emulated):
+    packed, scale = weights()
+    x = torch.randn(2, 150)
+    with weights_used() as kept:
+        for _ in range(2):
+            cuda_linear(x, packed, scale, None, "i2")
+    codes = unprepack(kept[0])
+    assert kept[0] is kept[1]
+    cuda_linear(x, weights()[0], scale, None, "i2")  # outside: not collected
+    assert len(kept) == 2
+    packed.copy_(weights()[0])
+    cuda_linear(x, packed, scale, None, "i2")
+    assert torch.equal(unprepack(kept[0]), codes)
+
+
 def test_bytes_that_are_no_codes_are_refused(emulated):
     packed, scale = weights()
     with pytest.raises(InputError, match="damaged"):
@@ -96,7 +126,7 @@ def test_a_first_call_while_a_graph_is_captured_is_refused_and_a_later_one_is_no
     packed, scale = weights()
     other, _ = weights()
     prepare(packed, "i2", 150)
-    monkeypatch.setattr(dispatch, "capturing", lambda: True)
+    monkeypatch.setattr(dispatch, "capturing", lambda device: True)
     cuda_linear(torch.randn(2, 150), packed, scale, None, "i2")
     with pytest.raises(InputError, match="before a CUDA graph is captured"):
         cuda_linear(torch.randn(2, 150), other, scale, None, "i2")
@@ -144,6 +174,68 @@ def test_a_device_without_kernels_says_so_once_and_runs_the_reference(monkeypatc
     monkeypatch.setattr(dispatch, "fault_on", lambda index: known(0))
     assert torch.equal(cuda_linear(x, packed, scale, None, "i2"), reference_linear(x, packed, scale, None, "i2"))
     known.cache_clear()
+
+
+def test_a_full_memory_says_nothing_about_the_kernels(monkeypatch):
+    answers = [torch.OutOfMemoryError("full"), None]
+
+    def examine(device):
+        answer = answers.pop(0)
+        if answer is not None:
+            raise answer
+
+    dispatch.fault_on.cache_clear()
+    monkeypatch.setattr(dispatch, "wrong_on", examine)
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        dispatch.fault_on(0)
+    assert dispatch.fault_on(0) is None
+    dispatch.fault_on.cache_clear()
+
+
+def test_a_device_that_is_first_used_in_inference_mode_is_examined_outside_of_it(monkeypatch):
+    found = []
+    dispatch.fault_on.cache_clear()
+    monkeypatch.setattr(dispatch, "wrong_on", lambda device: found.append(torch.is_inference_mode_enabled()))
+    with torch.inference_mode():
+        dispatch.fault_on(0)
+    assert found == [False]
+    dispatch.fault_on.cache_clear()
+
+
+@pytest.mark.parametrize("current", [0, 1])
+@pytest.mark.parametrize("captured", [0, 1])
+def test_a_capture_is_seen_on_the_current_device_and_on_the_tensors(monkeypatch, current, captured):
+    class Cuda:
+        def __init__(self) -> None:
+            self.now = current
+
+        def is_initialized(self):
+            return True
+
+        def is_current_stream_capturing(self):
+            return self.now == captured
+
+        @contextmanager
+        def device(self, device):
+            before, self.now = self.now, device.index
+            yield
+            self.now = before
+
+    monkeypatch.setattr(dispatch.torch, "cuda", Cuda())
+    assert dispatch.capturing(torch.device("cuda", 1)) == (captured in (1, current))
+
+
+def test_launches_come_after_the_threads_context_and_go_to_the_current_stream(monkeypatch):
+    done = []
+    stream = SimpleNamespace(cuda_stream=1234)
+    cuda = SimpleNamespace(device=lambda device: nullcontext(), current_stream=lambda device: stream)
+    module = SimpleNamespace(launch=lambda *launch: done.append(launch))
+    monkeypatch.setattr(dispatch.torch, "cuda", cuda)
+    monkeypatch.setattr(dispatch, "module_on", lambda index: done.append(("module", index)) or module)
+    monkeypatch.setattr(dispatch, "enter_context", lambda index: done.append(("context", index)))
+    launch = dispatch.Launch("kernel", (1, 1), 32, ())
+    dispatch.run([launch, launch], torch.device("cuda", 3))
+    assert done[-3:] == [("context", 3), (launch, 1234), (launch, 1234)]
 
 
 def test_the_kernels_are_registered_for_gpus_and_importing_them_looks_for_none():

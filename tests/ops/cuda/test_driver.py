@@ -1,6 +1,7 @@
 """Launches reach the driver with the values that they hold."""
 
 import ctypes
+import threading
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ class Driver:
 
     def __init__(self, status: int = 0) -> None:
         self.status, self.calls, self.lookups = status, [], []
+        self.contexts = threading.local()  # a thread has a current one, and a new thread none
 
     def cuModuleLoadData(self, module, code):
         self.code = code
@@ -35,6 +37,35 @@ class Driver:
     def cuGetErrorString(self, status, text):
         return 0
 
+    def cuInit(self, flags):
+        return self.status
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = index
+        return self.status
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        context._obj.value = 1000 + device.value
+        return self.status
+
+    def cuCtxGetCurrent(self, context):
+        context._obj.value = getattr(self.contexts, "current", None)
+        return self.status
+
+    def cuCtxSetCurrent(self, context):
+        self.calls.append(("set", context.value))
+        self.contexts.current = context.value
+        return self.status
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    fake = Driver()
+    monkeypatch.setattr(driver, "driver", lambda: fake)
+    driver.primary_context.cache_clear()
+    yield fake
+    driver.primary_context.cache_clear()
+
 
 def test_a_launch_passes_pointers_numbers_grid_and_stream(monkeypatch):
     fake = Driver()
@@ -45,6 +76,29 @@ def test_a_launch_passes_pointers_numbers_grid_and_stream(monkeypatch):
     assert fake.code == b"cubin"
     assert fake.calls == [((5, 7, 1), (128, 1, 1), 0, 1234, [x.data_ptr(), None, -9], None)] * 2
     assert fake.lookups == [b"kernel"]
+
+
+def test_a_new_thread_gets_the_context_that_torch_has_on_the_device(fake):
+    driver.enter_context(0)
+    driver.enter_context(0)
+    assert fake.calls == [("set", 1000)]
+    thread = threading.Thread(target=driver.enter_context, args=(0,))
+    thread.start()
+    thread.join()
+    assert fake.calls == [("set", 1000)] * 2
+
+
+def test_a_thread_with_another_devices_context_gets_that_of_the_tensors_device(fake):
+    driver.enter_context(0)
+    driver.enter_context(1)
+    driver.enter_context(0)
+    assert fake.calls == [("set", 1000), ("set", 1001), ("set", 1000)]
+
+
+def test_a_full_memory_is_torchs_own_error(monkeypatch):
+    monkeypatch.setattr(driver, "driver", lambda: Driver(status=2))
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA error 2 in cuModuleLoadData"):
+        Module(b"cubin")
 
 
 def test_an_error_of_the_driver_is_raised(monkeypatch):

@@ -44,6 +44,46 @@ def test_a_damaged_file_is_built_again(compilations, tmp_path, damage):
     assert [each.read_bytes() for each in tmp_path.iterdir()] == [code]
 
 
+def test_a_damaged_file_that_another_process_repairs_meanwhile_stays(compilations, tmp_path, monkeypatch):
+    code = machine_code((8, 9), tmp_path)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(code[:-1])
+    compiled = nvrtc.compiled
+
+    def repaired_meanwhile(*arguments):
+        assert path.exists()
+        path.write_bytes(code)
+        return compiled(*arguments)
+
+    monkeypatch.setattr(nvrtc, "compiled", repaired_meanwhile)
+    assert machine_code((8, 9), tmp_path) == code
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [code]
+
+
+def test_a_damaged_file_goes_once_there_is_a_whole_one_under_another_name(compilations, tmp_path, monkeypatch):
+    machine_code((8, 9), tmp_path)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(b"damaged")
+    monkeypatch.setattr(nvrtc, "compiled", lambda *_: b"other bits of the same program")
+    assert machine_code((8, 9), tmp_path) == b"other bits of the same program"
+    assert [each.read_bytes() for each in tmp_path.iterdir()] == [b"other bits of the same program"]
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_none(compilations, tmp_path, monkeypatch):
+    machine_code((8, 9), tmp_path)
+
+    def gone(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(
+        nvrtc.Path,
+        "read_bytes",
+        lambda path, read=nvrtc.Path.read_bytes: gone(path) if path.suffix == ".cubin" else read(path),
+    )
+    machine_code((8, 9), tmp_path)
+    assert len(compilations) == 2
+
+
 @pytest.mark.parametrize("change", ["source", "version", "options"])
 def test_another_source_compiler_or_option_is_compiled_anew(compilations, tmp_path, monkeypatch, change):
     machine_code((8, 0), tmp_path)
@@ -110,14 +150,23 @@ def test_devices_without_machine_code_are_refused_with_the_reason(capability, me
         architecture_for(capability, KNOWN)
 
 
-def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize(
+    ("cuda", "wheel"),
+    [
+        (None, r'"nvidia-cuda-nvrtc==13\.\*"'),
+        ("13.0", r'"nvidia-cuda-nvrtc==13\.\*"'),
+        ("12.8", "nvidia-cuda-nvrtc-cu12"),
+    ],
+)
+def test_without_nvrtc_the_error_says_what_to_install(monkeypatch, cuda, wheel):
     def missing(name):
         raise OSError(name)
 
     library.cache_clear()
+    monkeypatch.setattr(nvrtc.torch.version, "cuda", cuda)
     monkeypatch.setattr(nvrtc, "wheel_folders", list)
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", missing)
-    with pytest.raises(BuildError, match="pip install nvidia-cuda-nvrtc"):
+    with pytest.raises(BuildError, match=f"pip install {wheel}$"):
         library()
 
 
