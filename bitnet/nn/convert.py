@@ -7,6 +7,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, cast
 
 from torch import nn
 
@@ -14,7 +16,7 @@ from bitnet.errors import InputError
 from bitnet.nn.bitlinear import BitLinear, BitLinear158
 from bitnet.nn.linears import as_linear, is_conv1d
 from bitnet.nn.quantized_linear import QuantizedLinear
-from bitnet.quant import QTensor
+from bitnet.quant import QTensor, RotatedInputs
 from bitnet.quant.packed import is_packable
 
 LayerFactory = Callable[[nn.Linear], nn.Module]
@@ -55,7 +57,8 @@ def convert(
 
     Args:
         model: any module; layers that are `BitLinear` already are left alone.
-        make: gets the linear, returns its replacement (`BitLinear158.from_linear`, or a `functools.partial` of it).
+        make: gets the linear, returns its replacement (`BitLinear158.from_linear`, or a `functools.partial` of it; with
+            ``activation=RotatedInputs(...)`` in that partial, each layer gets what its name chooses).
         include: patterns of the layers to convert.
         exclude: patterns of the layers to leave. None leaves the output head, the routers of a mixture of experts
             (``router``; ``gate`` and ``shared_expert_gate`` beside experts) and towers of other senses (``vision``,
@@ -84,9 +87,25 @@ def convert(
             f"{sum(plan.stacked.values()) / total:.0%} of the weights",
             stacklevel=2,
         )
+    factories = _by_name(make, names)
     for name in names:
-        model.set_submodule(name, make(as_linear(model.get_submodule(name))))
+        model.set_submodule(name, factories[name](as_linear(model.get_submodule(name))))
     return names
+
+
+def _by_name(make: LayerFactory, names: Sequence[str]) -> dict[str, LayerFactory]:
+    """What makes each layer: ``make``, with the quantizer of inputs that the layer's name chooses, where one does.
+
+    Raises:
+        InputError: a pattern of the choice matches none of ``names``.
+    """
+    activation = getattr(make, "keywords", {}).get("activation")
+    if not isinstance(activation, RotatedInputs):
+        return dict.fromkeys(names, make)
+    turned, factory = matching(names, activation.rotate, "activation.rotate"), cast(Any, make)
+    return {
+        name: partial(factory, activation=activation.rotated if name in turned else activation.plain) for name in names
+    }
 
 
 def plan_conversion(

@@ -6,10 +6,10 @@ from functools import partial
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bitnet.nn.quantized_linear import QuantizedModule, result_dtype
+from bitnet.nn.quantized_linear import QuantizedModule, float_linear, result_dtype
 from bitnet.ops import packed_linear, quantized_linear
 from bitnet.ops.packed_linear import ACTIVATIONS
-from bitnet.quant import Quantizer
+from bitnet.quant import Quantizer, Rotated
 from bitnet.quant.packed import PackedTensor
 
 
@@ -17,7 +17,8 @@ class PackedLinear(QuantizedModule):
     """Frozen linear layer on packed codes: bit for bit the answers of the `QuantizedLinear` that it was packed from.
 
     It runs on ``torch.ops.bitnet.packed_linear`` where that knows the quantizer of the inputs (``absmax`` and
-    ``absmax_b1`` with their own defaults); with another quantizer, or none, it unpacks its codes in every forward pass.
+    ``absmax_b1`` with their own defaults, and `Rotated` ones of 8 bits, which are turned before); with another
+    quantizer, or none, it unpacks its codes in every forward pass.
 
     Args:
         weight: packed codes [out, in] and scale.
@@ -31,6 +32,7 @@ class PackedLinear(QuantizedModule):
         self.activation = activation
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._known = known_activation(activation)
+        self._known_turned = known_activation(activation.quantizer) if isinstance(activation, Rotated) else None
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         weight = self.weight
@@ -38,9 +40,12 @@ class PackedLinear(QuantizedModule):
         if self._known is not None:
             y = packed_linear(input, weight.packed, weight.scale, self.bias, weight.layout, self._known)
             return y.to(result_dtype(input))
+        if self._known_turned is not None and isinstance(self.activation, Rotated):
+            x = self.activation.rotate(input)
+            y = packed_linear(x, weight.packed, weight.scale, self.bias, weight.layout, self._known_turned)
+            return y.to(result_dtype(input))
         if self.activation is None:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return nn.functional.linear(input, weight.dequantize(input.dtype), bias)
+            return float_linear(input, weight, self.bias)
         return quantized_linear(self.activation(input), weight.unpack(), self.bias, result_dtype(input))
 
 

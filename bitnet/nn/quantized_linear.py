@@ -79,8 +79,7 @@ class QuantizedLinear(QuantizedModule):
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         if self.activation is None:
-            bias = None if self.bias is None else self.bias.to(input.dtype)
-            return nn.functional.linear(input, self.weight.dequantize(input.dtype), bias)
+            return float_linear(input, self.weight, self.bias)
         return quantized_linear(self.activation(input), self.weight, self.bias, result_dtype(input))
 
     def pack(self, layout: str | None = None) -> "PackedLinear":
@@ -115,6 +114,12 @@ class QuantizedEmbedding(QuantizedModule):
         zero = None if weight.zero_point is None else weight.zero_point[input]
         rows = QTensor(weight.qdata[input], weight.scale[input], weight.levels, zero, weight.group_size)
         return rows.dequantize(self.dtype)
+
+
+def float_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """A linear layer whose inputs stay in float: it multiplies with the values of ``weight`` in the dtype of ``x``."""
+    bias = None if bias is None else bias.to(x.dtype)
+    return nn.functional.linear(x, weight.dequantize(x.dtype), bias)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
