@@ -1,7 +1,7 @@
 """One model of a run on its way to a record: where it is written, how it is measured, what it took so far."""
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -12,18 +12,19 @@ from omegaconf import DictConfig
 from transformers import PreTrainedModel
 
 from bitnet.data.datamodule import TextDataModule
-from bitnet.evaluation import footprint
+from bitnet.evaluation import TextProtocol, footprint
 from bitnet.experiment.measure import Measure
 from bitnet.experiment.settings import build_all, command, plain
 from bitnet.export.protocol import refuse_problems
 from bitnet.export.writing import describe
-from bitnet.models.pretrained import stored_dtype
+from bitnet.models.pretrained import from_directory, stored_dtype
 from bitnet.report import RunRecord, git_state, machine
 from bitnet.report.record import versions
 
 RECORD = "run.json"
 LATENT_RECORD = "latent.json"
 REFERENCE_RECORD = "reference.json"
+FULL_PRECISION = "full precision"  # the method of a pretrained model as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,25 @@ class Arm:
             "seconds": time.perf_counter() - self.started.clock,
         }
         return RunRecord(**fields, **figures, **more)
+
+    def beside_the_original(self, model: PreTrainedModel) -> tuple[list[RunRecord], dict[str, Any]]:
+        """The figures of a trained ``model``, beside the pretrained one that it began as where there was one.
+
+        That one's record comes first and is written. It takes an evaluation of a text (``evaluation=text``) that asks
+        for the comparison; without it there is no record and the figures are the model's own.
+        """
+        path, protocol = self.cfg.model.path, self.measure.protocol
+        if path is None or not self.cfg.fit or not isinstance(protocol, TextProtocol) or not protocol.compare:
+            return [], self.measure(model)[-1]
+        original: Any = from_directory(path)
+        original.to(model.device)
+        of_original, figures = self.measure(model, original)
+        untrained = replace(self, fit=Fit(0, 0, None))
+        size = footprint(original, stored_dtype=stored_dtype(path))
+        record = untrained.record(FULL_PRECISION, original, of_original)
+        record = replace(record, bits_per_weight=size.bits_per_weight, bytes=size.bytes)
+        record.write(self.directory / REFERENCE_RECORD)
+        return [record], figures | {"quantized_share": footprint(model).quantized_share}
 
     def keep(self, record: RunRecord) -> RunRecord:
         """Write the record that ends the arm."""

@@ -4,7 +4,6 @@ import copy
 import shutil
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 from torch import Tensor
@@ -13,27 +12,21 @@ from transformers import PreTrainedModel
 from bitnet.data.datamodule import TextDataModule
 from bitnet.data.passages import ids_hash
 from bitnet.evaluation import TextProtocol, footprint
-from bitnet.experiment.arm import REFERENCE_RECORD, Arm, refuse_exports
-from bitnet.experiment.settings import build, build_all
+from bitnet.experiment.arm import FULL_PRECISION, REFERENCE_RECORD, Arm, refuse_exports
+from bitnet.experiment.settings import build
 from bitnet.files import atomic_file
 from bitnet.ptq import Driver, LayerResult, PTQMethod, quantize
 from bitnet.ptq.progress import ConsoleProgress
 from bitnet.quant.static import StaticActivation
 from bitnet.report import (
     RunRecord,
-    close_loggers,
     layers_markdown,
     layers_picture,
-    make_loggers,
     terminal,
     write_layers_csv,
 )
 
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import Logger
-
 UNFINISHED = "quantized"  # finished blocks of a quantization that goes on, in the run's folder
-FULL_PRECISION = "full precision"
 
 
 def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
@@ -45,7 +38,6 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
     cfg, directory = arm.cfg, arm.directory
     method: PTQMethod = build(cfg.ptq)
     driver: Driver = build(cfg.driver)
-    loggers = make_loggers(build_all(cfg.logger), directory) if cfg.logger else []
     activation = build(cfg.activation) if cfg.activation else None
     needed = bool(method.requires) or isinstance(activation, StaticActivation) or driver.smoothquant is not None
     windows = calibration_windows(cfg, arm.data) if needed or driver.layer_errors else None
@@ -84,7 +76,6 @@ def quantize_afterwards(arm: Arm, model: PreTrainedModel) -> list[RunRecord]:
         quantize_seconds=seconds,
         calibration=calibration,
     )
-    _log(loggers, after)
     arm.export(model, after)
     arm.keep(after)
     shutil.rmtree(directory / UNFINISHED)
@@ -96,15 +87,6 @@ def calibration_windows(cfg: DictConfig, data: TextDataModule) -> Tensor:
     chosen = cfg.calibration
     window = chosen.window or cfg.data.block_size
     return data.calibration_windows(chosen.windows, window, documents=chosen.documents, seed=chosen.seed)
-
-
-def _log(loggers: "Sequence[Logger]", record: RunRecord) -> None:
-    """The record's figures to the run's loggers, as ``ptq/...``."""
-    names = ("bits_per_weight", "bytes", "nll", "perplexity", "gap", "kl", "top1_agreement", "quantize_seconds")
-    figures = {f"ptq/{name}": value for name in names if (value := getattr(record, name)) is not None}
-    for logger in loggers:
-        logger.log_metrics(figures, step=record.steps)
-    close_loggers(loggers)
 
 
 def _write_layers(arm: Arm, results: Sequence[LayerResult]) -> None:
