@@ -6,7 +6,7 @@ same for the bodies that it knows, on the model's own layers, and on the same ca
 through transformers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,56 +30,68 @@ class OneToken:
 
     Args:
         model: of a body that `knows` knows. Packed layers that read the same input are fused (`bitnet.nn.fuse`).
+        recorded: use operators only that a compiler or a CUDA graph can follow, none that waits for a number.
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
+    def __init__(self, model: "PreTrainedModel", *, recorded: bool = False) -> None:
         body: Any = model.model
         self._embed, self._rotary, self._head = body.embed_tokens, body.rotary_emb, fused([model.lm_head])
-        self._norm = _norm(body.norm)
-        self._layers = [_Layer(each) for each in body.layers]
+        self._norm = _norm(body.norm, recorded)
+        self._layers = [_Layer(each, recorded) for each in body.layers]
         self._sign: Tensor | None = None
 
     def __call__(self, ids: Tensor, cache: "DynamicCache") -> Tensor:
         """Logits [1, 1, vocabulary] for ids [1, 1]."""
+        return self.run(ids, torch.full_like(ids, cache.get_seq_length()), cache.layers)
+
+    def run(self, ids: Tensor, positions: Tensor, memories: Sequence[Any], mask: Tensor | None = None) -> Tensor:
+        """Logits [1, 1, vocabulary] for ids [1, 1] at positions [1, 1].
+
+        Args:
+            memories: of each layer; ``update(keys, values)`` gives all keys and values that the token may look at.
+            mask: bool, [1, 1, 1, tokens]: which of these it does look at; None: all.
+        """
         x = self._embed(ids)
-        cos, sin = self._rotary(x, torch.full_like(ids, cache.get_seq_length()))
+        cos, sin = self._rotary(x, positions)
         if self._sign is None:  # half of a head's numbers are turned the other way
             self._sign = torch.cat([-torch.ones_like(sin).chunk(2, -1)[0], torch.ones_like(sin).chunk(2, -1)[0]], -1)
         sin = sin * self._sign
-        for layer, memory in zip(self._layers, cache.layers, strict=True):
-            x = layer(x, cos, sin, memory)
+        for layer, memory in zip(self._layers, memories, strict=True):
+            x = layer(x, cos, sin, memory, mask)
         return self._head(self._norm(x))
 
 
 class _Layer:
     """Attention and feed-forward of one decoder layer for one token."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, recorded: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._norm, self._norm_2 = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        self._norm, self._norm_2 = (_norm(each, recorded) for each in norms)
         self._qkv = fused([attention.q_proj, attention.k_proj, attention.v_proj])
-        self._o, self._o_norm = fused([attention.o_proj]), _norm(getattr(attention, "attn_sub_norm", None))
+        self._o, self._o_norm = fused([attention.o_proj]), _norm(getattr(attention, "attn_sub_norm", None), recorded)
         self._gate_up = fused([mlp.gate_proj, mlp.up_proj])
-        self._down, self._down_norm = fused([mlp.down_proj]), _norm(getattr(mlp, "ffn_sub_norm", None))
+        self._down, self._down_norm = fused([mlp.down_proj]), _norm(getattr(mlp, "ffn_sub_norm", None), recorded)
         self._activation, self._width = mlp.act_fn, mlp.gate_proj.out_features
         self._size, self._scaling = attention.head_dim, attention.scaling
         self._queries = attention.q_proj.out_features // self._size
         self._keys = attention.k_proj.out_features // self._size
 
-    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, memory: Any) -> Tensor:
-        x = x + self._o(self._o_norm(self._attended(self._qkv(self._norm(x)), cos, sin, memory)))
+    def __call__(self, x: Tensor, cos: Tensor, sin: Tensor, memory: Any, mask: Tensor | None) -> Tensor:
+        x = x + self._o(self._o_norm(self._attended(self._qkv(self._norm(x)), cos, sin, memory, mask)))
         both = self._gate_up(self._norm_2(x))
         inner = self._activation(both[..., : self._width]) * both[..., self._width :]
         return x + self._down(self._down_norm(inner))
 
-    def _attended(self, qkv: Tensor, cos: Tensor, sin: Tensor, memory: Any) -> Tensor:
+    def _attended(self, qkv: Tensor, cos: Tensor, sin: Tensor, memory: Any, mask: Tensor | None) -> Tensor:
         turned = self._queries + self._keys
         heads = qkv.view(1, turned + self._keys, 1, self._size)
         turning = heads[:, :turned]
         turning = turning * cos + turning.roll(self._size // 2, -1) * sin
         keys, values = memory.update(turning[:, self._queries :], heads[:, turned:])
         queries = turning[:, : self._queries].view(1, self._keys, -1, self._size)  # those of one key side by side
-        return F.scaled_dot_product_attention(queries, keys, values, scale=self._scaling).view(1, 1, -1)
+        seen = F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=self._scaling)
+        return seen.view(1, 1, -1)
 
 
 def knows(model: "PreTrainedModel") -> bool:
@@ -99,9 +111,11 @@ def _has(module: nn.Module, children: tuple[set[str], set[str]]) -> bool:
     return needed <= found <= needed | possible
 
 
-def _norm(module: Any) -> Function:
+def _norm(module: Any, recorded: bool) -> Function:
     if module is None:
         return lambda x: x
+    if recorded:
+        return module
     weight, eps = module.weight, module.variance_epsilon
 
     def norm(x: Tensor) -> Tensor:
