@@ -5,6 +5,7 @@ from bitnet.report.loggers import close_loggers, csv_logger, make_loggers, tenso
 from bitnet.report.pareto import pareto
 from bitnet.report.plots import read_metrics, training_curves
 from bitnet.report.record import RunRecord, git_state, machine, versions
+from bitnet.report.results import publish
 from bitnet.report.tables import results_markdown, results_table, terminal
 from bitnet.report.wandb import wandb_logger
 
@@ -19,6 +20,7 @@ __all__ = [
     "machine",
     "make_loggers",
     "pareto",
+    "publish",
     "read_metrics",
     "results_markdown",
     "results_table",

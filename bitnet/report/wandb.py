@@ -26,12 +26,16 @@ REACH_SECONDS = 5.0
 def wandb_logger(
     run_dir: Path,
     *,
+    kind: str = "run",
     project: str = "bitnet",
+    group: str | None = None,
     name: str | None = None,
     tags: Sequence[str] = (),
     offline: bool = False,
 ) -> "WandbLogger":
     """Log to W&B, in ``run_dir/wandb``; offline where ``offline`` is set, or there is no key or no server.
+
+    Runs stand together by ``group`` (the method's name) and, inside it, by ``kind`` (dense, qat, ptq: W&B's job type).
 
     Says in one line why a run is offline and how to upload it. ``WANDB_MODE`` in the environment may
     take a run offline or disable it, and cannot force one online.
@@ -48,7 +52,13 @@ def wandb_logger(
         print(f"W&B is offline ({reason}). To upload the run afterwards: wandb sync {run_dir}/wandb/offline-run-*")
     # Lightning's own ``offline=True`` sets WANDB_MODE for the whole process; ``mode`` holds for this run alone.
     return WandbLogger(
-        save_dir=run_dir, project=project, name=name or "/".join(run_dir.parts[-2:]), tags=list(tags), mode=mode
+        save_dir=run_dir,
+        project=project,
+        name=name or "/".join(run_dir.parts[-2:]),
+        group=group,
+        job_type=kind,
+        tags=[kind, *tags],
+        mode=mode,
     )
 
 

@@ -141,8 +141,8 @@ def test_an_entry_switched_off_makes_no_logger(tmp_path):
     ],
 )
 def test_every_file_of_the_logger_group_names_functions_of_the_run_folder(tmp_path, choice, names):
-    with initialize_config_dir(config_dir=str(CONF / "logger"), version_base="1.3"):
-        factories = instantiate(compose(choice))
+    with initialize_config_dir(config_dir=str(CONF), version_base="1.3"):
+        factories = instantiate(compose("config", [f"logger={choice}"]).logger)
     assert sorted(factories) == names
     made = make_loggers(factories, tmp_path)
     assert len(made) == 1 + len(names)
