@@ -13,7 +13,7 @@ from bitnet.data.tokenizer import TokenizerSpec, read_tokenizer
 from bitnet.experiment.settings import build
 from bitnet.export.doctor import TARGETS, diagnose
 from bitnet.models import diagnose_conversion
-from bitnet.nn import BitLinear, bit_linears
+from bitnet.nn import BitLinear, bit_linears, merge_lora
 from bitnet.nn.linears import weight_of
 from bitnet.ptq import PTQMethod, Statistic
 from bitnet.ptq.blocks import find_blocks, linears_of
@@ -33,6 +33,8 @@ def print_estimate(cfg: DictConfig, console: Console) -> None:
         with torch.device("meta"):
             model = build(cfg.model, vocab_size=cfg.model.vocab_size or vocab_size)
     figures = _of_training(model, cfg) if cfg.fit or not cfg.ptq else {}
+    if cfg.get("lora"):
+        figures |= _of_adapters(model, cfg)
     if cfg.ptq:
         figures |= _of_quantization(model, cfg)
     _print_table(console, f"Dry run of {cfg.method}", figures)
@@ -79,6 +81,20 @@ def _of_training(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
         "training memory: activations (estimate)": _bytes(activations),
         "tokens": f"{tokens * cfg.trainer.accumulate_grad_batches:,} a step, {cfg.trainer.max_steps:,} steps",
         "time (estimate)": f"{_duration(seconds)} at the {rate / 1e9:,.0f} GFLOP/s that a float32 product reaches here",
+    }
+
+
+def _of_adapters(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
+    """What is trained of a model with adapters; it has none in the end."""
+    parameters = sum(p.numel() for p in model.parameters())
+    build(cfg.lora)(model)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    merge_lora(model)
+    transient = max(4 * layer.weight.numel() for _, layer in bit_linears(model))  # gradient of one merged weight
+    memory = 4 * parameters + BYTES_A_TRAINED_PARAMETER * trained + transient
+    return {
+        "trained": f"{trained:,} parameters ({trained / parameters:.1%}) with adapters of rank {cfg.lora.rank}",
+        "training memory: weights, gradients, AdamW": _bytes(memory),
     }
 
 

@@ -43,7 +43,7 @@ from bitnet.experiment.settings import (
     twin_of,
 )
 from bitnet.files import atomic_file
-from bitnet.nn import bit_linears, freeze
+from bitnet.nn import bit_linears, freeze, merge_lora
 from bitnet.report import RunRecord, close_loggers, make_loggers, results_markdown, results_table, terminal
 from bitnet.report import training_curves as draw_curves
 from bitnet.training import AtomicCheckpointIO, Distillation, LanguageModelingModule, QuantizationWarmup
@@ -168,6 +168,7 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
 
 
 def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module) -> Fit:
+    adapted = build(cfg.lora)(model) if cfg.get("lora") else []
     model.train()  # one from a folder comes in evaluation mode, its dropout switched off
     module = LanguageModelingModule(
         model,
@@ -197,6 +198,8 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
         trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     finally:
         close_loggers(loggers)
+    if adapted:
+        merge_lora(model)  # plain layers from here on
     model._compiled_call_impl = None  # both forms are evaluated in eager mode: a compiler may add in another order
     return Fit(trainer.global_step, module.tokens, module.mean_tokens_per_s)
 

@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bitnet.errors import InputError
+from bitnet.experiment.adapters import check_checkpointing, check_lora
 from bitnet.experiment.explain import hint
 
 STATIC = "bitnet.quant.StaticActivation"
@@ -35,6 +36,7 @@ GROUPS = {
     "model",
     "data",
     "optim",
+    "lora",
     "distill",
     "schedule",
     "warmup",
@@ -94,6 +96,10 @@ def check(cfg: DictConfig) -> None:
         raise InputError("activation=static is calibrated after the training: it goes with ptq=")
     if trained_quantized and not (cfg.quantizer and cfg.activation):
         raise InputError(f"model={cfg.method} needs a quantizer and an activation: model=dense has neither")
+    if cfg.get("lora"):
+        check_lora(cfg, trained_quantized)
+        build(cfg.lora)  # refuses values that are out of range, before any work
+    check_checkpointing(cfg)
     if cfg.get("distill") and not cfg.fit:
         raise InputError("distill= is a part of training: it does not go with fit=false")
     if cfg.get("distill") and cfg.distill.get("teacher") is None:

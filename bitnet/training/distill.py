@@ -16,14 +16,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from bitnet.errors import InputError
+from bitnet.nn.lora import base_name
+from bitnet.training.taps import Taps
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEASURES = ("mse", "cosine")
@@ -224,7 +225,7 @@ class Distillation:
         model = cast(nn.Module, teacher if isinstance(teacher, nn.Module) else from_directory(teacher))
         self.teacher = model.to(DTYPES[dtype]).eval().requires_grad_(False)
         self.cross_entropy = cross_entropy
-        self._student, self._teacher = _Taps(), _Taps()
+        self._student, self._teacher = Taps(), Taps()
 
     def check(self, student: nn.Module) -> None:
         """Refuse a student that this teacher cannot teach.
@@ -243,8 +244,8 @@ class Distillation:
 
     def attach(self, student: nn.Module) -> None:
         """Begin to note what the compared layers of both models answer; before the student is compiled."""
-        self._student.attach(self._places(student))
-        self._teacher.attach(self._places(self.teacher))
+        self._student.attach(student, self._places(student))
+        self._teacher.attach(self.teacher, self._places(self.teacher))
 
     def detach(self) -> None:
         """End it: the student is as it was before `attach`."""
@@ -256,7 +257,7 @@ class Distillation:
 
         Weights of one name, dtype and value that need no gradient are then one tensor. Returns their bytes.
         """
-        theirs = dict(student.named_parameters())
+        theirs = {base_name(name): parameter for name, parameter in student.named_parameters()}
         self.teacher.to(next(iter(theirs.values())).device)
         shared = 0
         for name, parameter in self.teacher.named_parameters():
@@ -290,38 +291,6 @@ class Distillation:
 
     def _places(self, model: nn.Module) -> dict[str, nn.Module]:
         return {key: place for term in self.terms.values() for key, place in term.places(model).items()}
-
-
-class _Taps:
-    """Keeps the latest outputs of some modules."""
-
-    def __init__(self) -> None:
-        self._seen: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-
-    def attach(self, places: Mapping[str, nn.Module]) -> None:
-        if not self._handles:
-            self._handles = [module.register_forward_hook(self._keep(name)) for name, module in places.items()]
-
-    def detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._seen.clear()
-
-    def take(self) -> dict[str, Tensor]:
-        """What was kept; it is let go here, or it would hold its graph until the next forward pass."""
-        taken = dict(self._seen)
-        self._seen.clear()
-        return taken
-
-    def _keep(self, name: str) -> Any:
-        seen = self._seen
-
-        def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        return hook
 
 
 def _pair(student: Seen, teacher: Seen, name: str) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from bitnet.errors import InputError
 from bitnet.training.compatibility import check_identity, checkpoint_identity
 from bitnet.training.distill import Distillation
+from bitnet.training.frozen import fill_in, fingerprint, frozen_weights
 from bitnet.training.schedules import Schedule
 
 IGNORED = -100
@@ -88,6 +89,7 @@ class LanguageModelingModule(LightningModule):
         self._terms: list[dict[str, Tensor]] = []  # the same, of the distillation
         self.step_terms: dict[str, Tensor] = {}
         self._gradient_norm: Tensor | None = None
+        self._frozen: int | None = None  # fingerprint of what no checkpoint holds; they do not change
         self._window = self._start = (0, 0.0)  # (tokens, seconds) at the last logged step, and at the start
         self._pause_began = 0.0
 
@@ -226,8 +228,15 @@ class LanguageModelingModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["bitnet"] = checkpoint_identity(self.tokenizer_fingerprint, self.trainer.world_size)
         checkpoint["bitnet"]["tokens"] = self.tokens
+        frozen = frozen_weights(self)
+        if frozen:
+            self._frozen = fingerprint(frozen) if self._frozen is None else self._frozen
+            checkpoint["bitnet"]["frozen"] = self._frozen
+            for name in frozen:
+                del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        fill_in(checkpoint, frozen_weights(self))
         expected = checkpoint_identity(self.tokenizer_fingerprint, self.trainer.world_size)
         check_identity(checkpoint, expected, self.state_dict())
         self.tokens = checkpoint["bitnet"]["tokens"]

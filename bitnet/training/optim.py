@@ -6,13 +6,13 @@ occurs: decay would pull rare tokens to zero.
 """
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
+from bitnet.nn.lora import adapter_of
 from bitnet.quant import LearnedScale
 
 
@@ -87,10 +87,17 @@ def lost_share(weight: Tensor, step: float) -> float:
 
 
 def _linear_weights(model: nn.Module) -> set[int]:
-    def identities(kind: type[nn.Module]) -> Iterable[int]:
-        return (id(module.weight) for module in model.modules() if isinstance(module, kind))
-
-    return set(identities(nn.Linear)) - set(identities(nn.Embedding))
+    """Identities of the matrices of linear layers; of one with an adapter, those of the adapter."""
+    found, embedded = set[int](), set[int]()
+    for module in model.modules():
+        # Not module.weight: of a layer with an adapter that is a tensor made anew for each look.
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if isinstance(module, nn.Embedding):
+            embedded.add(id(weight))
+        elif isinstance(module, nn.Linear):
+            adapter = adapter_of(module)
+            found |= {id(weight)} if adapter is None else {id(adapter.a), id(adapter.b)}
+    return found - embedded
 
 
 def _learned_scales(model: nn.Module) -> set[int]:
