@@ -30,6 +30,7 @@ def causal_lm(
     eos_token_id: int | None = None,
     subln: bool = False,
     calibration: Tensor | None = None,
+    gradient_checkpointing: bool = False,
 ) -> PreTrainedModel:
     """Build a float32 causal language model.
 
@@ -41,6 +42,8 @@ def causal_lm(
             that a quantized model and its dense twin start equal.
         subln: put norms before the output projections of a pretrained model, see `insert_subln`.
         calibration: token ids [windows, tokens] that these norms are fitted to.
+        gradient_checkpointing: in training, keep what enters each block and compute the rest again on the way back:
+            the same gradients, to the bit, for less memory and one more forward pass.
 
     Raises:
         InputError: see `from_directory`, `from_scratch`, `insert_subln` and `bitnet.convert`.
@@ -79,4 +82,17 @@ def causal_lm(
             )
     if layer is not None:
         convert(model, layer, exclude=exclude)
+    if gradient_checkpointing:
+        _checkpoint_blocks(model)
     return model
+
+
+def _checkpoint_blocks(model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise InputError(
+            f"{type(model).__name__} has no blocks that transformers can compute again: set "
+            "model.gradient_checkpointing=false"
+        )
+    # transformers 5.23 gave the method another name and warns at the old one
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})  # the reentrant kind has no gradient where only weights need one
