@@ -97,14 +97,15 @@ def log_histograms(loggers: "Sequence[Logger]", model: nn.Module, step: int) -> 
     able = [logger for logger in loggers if _is_wandb(logger) or _is_tensorboard(logger)]
     if not able:
         return
-    for name, (counts, edges) in _histograms(model):
-        for logger in able:
-            if _is_wandb(logger):
-                import wandb
+    found = dict(_histograms(model))
+    for logger in able if found else []:
+        if _is_wandb(logger):
+            import wandb
 
-                made = wandb.Histogram(np_histogram=(counts, edges))
-                logger.experiment.log({name: made, "trainer/global_step": step})  # pyright: ignore
-            else:
+            made = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in found.items()}
+            logger.experiment.log({**made, "trainer/global_step": step})  # pyright: ignore
+        else:
+            for name, (counts, edges) in found.items():
                 _add_histogram(logger, name, counts, edges, step)
 
 

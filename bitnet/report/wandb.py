@@ -71,14 +71,19 @@ def _mode(offline: bool) -> tuple[str, str]:
     if offline:
         return "offline", "as configured"
     server = os.environ.get("WANDB_BASE_URL", SERVER)
-    if not _has_key(server):
+    if not has_key(server):
         return "offline", "no key: wandb login, or WANDB_API_KEY, gives one"
-    if problem := _unreachable(server):
+    if problem := unreachable(server):
         return "offline", f"{server} cannot be reached: {problem}"
     return "online", ""
 
 
-def _has_key(server: str) -> bool:
+def has_key(server: str) -> bool:
+    """Whether the environment or the netrc file holds a key for ``server``.
+
+    Raises:
+        InputError: the netrc file cannot be read.
+    """
     if os.environ.get("WANDB_API_KEY"):
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -90,7 +95,7 @@ def _has_key(server: str) -> bool:
         raise InputError(f"{path} was to be searched for a W&B key and cannot be read: {error}") from error
 
 
-def _unreachable(server: str) -> str | None:
+def unreachable(server: str) -> str | None:
     """Return why the server does not answer (any HTTP status is an answer), or None. Honours the proxy variables."""
     try:
         urllib.request.urlopen(server, timeout=REACH_SECONDS).close()
