@@ -30,6 +30,7 @@ from bitnet.experiment.arm import (
     refuse_exports,
 )
 from bitnet.experiment.estimate import print_estimate
+from bitnet.experiment.initial import check_init, start_from
 from bitnet.experiment.measure import Measure
 from bitnet.experiment.post_training import calibration_windows, quantize_afterwards
 from bitnet.experiment.settings import (
@@ -48,6 +49,8 @@ from bitnet.report import RunRecord, close_loggers, make_loggers, results_markdo
 from bitnet.report import training_curves as draw_curves
 from bitnet.training import AtomicCheckpointIO, Distillation, LanguageModelingModule, QuantizationWarmup
 
+LAST = Path("checkpoints") / "last.ckpt"  # in a run's folder: what it goes on from
+
 
 def run(cfg: DictConfig) -> list[RunRecord]:
     """Run what ``cfg`` describes, print the table, and return its rows.
@@ -64,6 +67,7 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     if cfg.resume is not None:
         cfg = resumed(cfg)
     check(cfg)
+    check_init(cfg)
     if cfg.threads is not None:
         torch.set_num_threads(cfg.threads)
     console = terminal()
@@ -112,6 +116,7 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     model = _build_model(cfg, data)
     if not cfg.ptq:  # what it quantizes to is not there yet
         refuse_exports(cfg, model, data)
+    start_from(cfg, directory / LAST, data, model)
     fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
     if process_rank() != 0:
         return []  # what follows is one process's work
@@ -193,7 +198,7 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
         plugins=[AtomicCheckpointIO()],
         default_root_dir=directory,
     )
-    last = directory / "checkpoints" / "last.ckpt"
+    last = directory / LAST
     try:
         trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     finally:

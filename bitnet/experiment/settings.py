@@ -36,6 +36,7 @@ GROUPS = {
     "model",
     "data",
     "optim",
+    "init",
     "lora",
     "distill",
     "schedule",
@@ -191,7 +192,7 @@ def twin_of(cfg: DictConfig) -> DictConfig:
     OmegaConf.update(twin, "method", "dense")
     OmegaConf.update(twin, "twin", None)
     OmegaConf.update(twin, "model.layer", None)
-    twin.quantizer, twin.activation, twin.distill, twin.warmup = {}, {}, {}, {}
+    twin.quantizer, twin.activation, twin.init, twin.distill, twin.warmup = {}, {}, {}, {}, {}
     twin.export = {name: {**node, **AS_DENSE[name]} for name, node in (cfg.export or {}).items() if name in AS_DENSE}
     if cfg.twin_lr is not None:
         OmegaConf.update(twin, "optim.lr", cfg.twin_lr)

@@ -6,11 +6,13 @@ from bitnet.ptq.bitsandbytes import BitsAndBytes4Bit, LLMInt8
 from bitnet.ptq.driver import quantize
 from bitnet.ptq.gptq import GPTQ
 from bitnet.ptq.hqq import HQQ
+from bitnet.ptq.initialise import initialise
 from bitnet.ptq.kquants import KQuant
 from bitnet.ptq.pbllm import PBLLM
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 from bitnet.ptq.rtn import RoundToNearest
 from bitnet.ptq.settings import Driver, LayerResult
+from bitnet.ptq.starts import Compensated, FromMethod, LeastSquares
 
 __all__ = [
     "ARBLLM",
@@ -19,13 +21,17 @@ __all__ = [
     "PBLLM",
     "BiLLM",
     "BitsAndBytes4Bit",
+    "Compensated",
     "Driver",
+    "FromMethod",
     "KQuant",
     "LLMInt8",
     "LayerResult",
     "LayerStats",
+    "LeastSquares",
     "PTQMethod",
     "RoundToNearest",
     "Statistic",
+    "initialise",
     "quantize",
 ]
