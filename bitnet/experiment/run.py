@@ -6,8 +6,9 @@ the model, the data's bytes a token into the validation, the measured loss into 
 
 import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, Trainer
@@ -31,6 +32,7 @@ from bitnet.experiment.arm import (
 )
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.initial import check_init, start_from
+from bitnet.experiment.logs import open_loggers
 from bitnet.experiment.measure import Measure
 from bitnet.experiment.post_training import calibration_windows, quantize_afterwards
 from bitnet.experiment.settings import (
@@ -45,9 +47,12 @@ from bitnet.experiment.settings import (
 )
 from bitnet.files import atomic_file
 from bitnet.nn import bit_linears, freeze, merge_lora
-from bitnet.report import RunRecord, close_loggers, make_loggers, results_markdown, results_table, terminal
+from bitnet.report import RunRecord, publish, results_markdown, results_table, terminal
 from bitnet.report import training_curves as draw_curves
 from bitnet.training import AtomicCheckpointIO, Distillation, LanguageModelingModule, QuantizationWarmup
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import Logger
 
 LAST = Path("checkpoints") / "last.ckpt"  # in a run's folder: what it goes on from
 
@@ -117,11 +122,19 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     if not cfg.ptq:  # what it quantizes to is not there yet
         refuse_exports(cfg, model, data)
     start_from(cfg, directory / LAST, data, model)
-    fit = _fit(cfg, directory, data, model) if cfg.fit else Fit(0, 0, None)
-    if process_rank() != 0:
-        return []  # what follows is one process's work
-    model = model.cpu() if not torch.cuda.is_available() else model.cuda()
-    arm = Arm(cfg, directory, data, Measure(build(cfg.evaluation), data), fit, started)
+    with open_loggers(cfg, directory) as loggers:
+        fit = _fit(cfg, directory, data, model, loggers) if cfg.fit else Fit(0, 0, None)
+        if process_rank() != 0:
+            return []  # what follows is one process's work
+        model = model.cpu() if not torch.cuda.is_available() else model.cuda()
+        records = _recorded(Arm(cfg, directory, data, Measure(build(cfg.evaluation), data), fit, started), model)
+        publish(loggers, directory, records, model)
+    return records
+
+
+def _recorded(arm: Arm, model: Any) -> list[RunRecord]:
+    """The records of a model whose training has ended; the last one is of the model as it is afterwards."""
+    cfg = arm.cfg
     if cfg.ptq:
         return quantize_afterwards(arm, model)
     if bit_linears(model):
@@ -172,7 +185,7 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
     return model
 
 
-def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module) -> Fit:
+def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module, loggers: "Sequence[Logger]") -> Fit:
     adapted = build(cfg.lora)(model) if cfg.get("lora") else []
     model.train()  # one from a folder comes in evaluation mode, its dropout switched off
     module = LanguageModelingModule(
@@ -185,7 +198,6 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
     )
     module.bytes_per_token = data.bytes_per_token
     module.tokenizer_fingerprint = data.tokenizer_hash
-    loggers = make_loggers(build_all(cfg.logger), directory)
     callbacks: list[Callback] = list(build_all(cfg.callbacks).values())
     if cfg.get("warmup"):  # first, so that all others see the model of this step
         callbacks.insert(0, QuantizationWarmup(build(cfg.warmup), cfg.trainer.max_steps))
@@ -199,10 +211,7 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
         default_root_dir=directory,
     )
     last = directory / LAST
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
-    finally:
-        close_loggers(loggers)
+    trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None)
     if adapted:
         merge_lora(model)  # plain layers from here on
     model._compiled_call_impl = None  # both forms are evaluated in eager mode: a compiler may add in another order
