@@ -57,7 +57,7 @@ class _Speaker:
     cached: CachedModel = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cached = CachedModel(self.loaded.model)
+        self.cached = CachedModel(self.loaded.model, graph=self.options.graph)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -88,6 +88,7 @@ class _Speaker:
         from bitnet.export.parity import size_of
 
         path, head = self.loaded.path, ", head rounded to int8" if self.options.head == "int8" else ""
+        head += ", CUDA graph" if self.cached.graphed else ""
         read = statistics.prompt_tokens - statistics.reused_tokens
         return (
             f"[{self.loaded.format}{head}, {size_of(path) / 1e6:.1f} MB, loaded in {self.seconds:.2f} s | "
@@ -213,6 +214,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
     add("--head", choices=["stored", "int8"], default="stored", help="int8: round the output head: faster, lossy")
+    add(
+        "--graph",
+        action=argparse.BooleanOptionalAction,
+        help="replay a token's step from a CUDA graph (default: on a GPU, for a body that this package knows)",
+    )
     add("--json", action="store_true", help="write one JSON object with the text and its figures instead of the text")
     add("--quiet", action="store_true", help="no figures on standard error")
     return parser

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from bitnet.errors import InputError
+from bitnet.generation.graph import RecordedStep, cuda_graph, graph_problem
 from bitnet.generation.step import OneToken, knows
 
 if TYPE_CHECKING:
@@ -32,15 +34,32 @@ class GrowingLayer(DynamicLayer):
         self._room_for_values, self.values = _appended(self._room_for_values, begin, value_states)
         return self.keys, self.values
 
+    def extend(self) -> tuple[Tensor, Tensor]:
+        """All of the memory of keys and of values, a token more of which counts as read: the caller's to write."""
+        assert self.keys is not None and self.values is not None
+        begin = self.get_seq_length()
+        self._room_for_keys = _room(self._room_for_keys, begin, begin + 1, self.keys)
+        self._room_for_values = _room(self._room_for_values, begin, begin + 1, self.values)
+        self.keys = self._room_for_keys.narrow(-2, 0, begin + 1)
+        self.values = self._room_for_values.narrow(-2, 0, begin + 1)
+        return self._room_for_keys, self._room_for_values
+
+
+def _room(room: Tensor, begin: int, end: int, like: Tensor) -> Tensor:
+    """``room``, or where it has none for ``end`` tokens a larger one with its first ``begin``."""
+    if room.numel() and room.shape[-2] >= end:
+        return room
+    # Zeros: a step that sees all of it, under a mask, multiplies what is not written yet by 0, and 0 * NaN is NaN.
+    larger = like.new_zeros((*like.shape[:-2], max(SMALLEST, end, 2 * begin), like.shape[-1]))
+    if begin:
+        larger[..., :begin, :] = room[..., :begin, :]
+    return larger
+
 
 def _appended(room: Tensor, begin: int, states: Tensor) -> tuple[Tensor, Tensor]:
     """``room`` (a larger one, where it is full), and a view of its first ``begin`` tokens and ``states``."""
     end = begin + states.shape[-2]
-    if room.numel() == 0 or room.shape[-2] < end:
-        larger = states.new_empty((*states.shape[:-2], max(SMALLEST, end, 2 * begin), states.shape[-1]))
-        if begin:
-            larger[..., :begin, :] = room[..., :begin, :]
-        room = larger
+    room = _room(room, begin, end, states)
     room[..., begin:end, :] = states
     return room, room[..., :end, :]
 
@@ -54,14 +73,18 @@ class CachedModel:
 
     Args:
         model: transformers' causal language model. It is called as it is: put it into evaluation mode first.
+        graph: replay the step of one token from a CUDA graph; None: where the model is on a GPU and can be replayed.
 
     Attributes:
         ids: what was read so far.
         calls: of `read` and `keep`, so far; who counts its own knows whether another has come between.
+
+    Raises:
+        InputError: a graph is asked for, and the model cannot be replayed.
     """
 
-    def __init__(self, model: "PreTrainedModel") -> None:
-        self.model, self.calls = model, 0
+    def __init__(self, model: "PreTrainedModel", *, graph: bool | None = None) -> None:
+        self.model, self.calls, self._graph = model, 0, graph
         self._begin()
         self._last_only = (
             {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
@@ -73,8 +96,18 @@ class CachedModel:
         self._cache = _cache_for(self.model)
         own_memory = all(type(layer) is GrowingLayer for layer in self._cache.layers)
         with torch.inference_mode(False), torch.no_grad():  # the model's bytes move: to tensors that can be loaded into
-            self._step = OneToken(self.model) if own_memory and knows(self.model) else None
+            self._step = _step_of(self.model, self._graph) if own_memory and knows(self.model) else None
+        if self._graph and not isinstance(self._step, RecordedStep):
+            raise InputError(
+                f"a CUDA graph needs a model whose steps can be replayed; here {graph_problem(self.model)}: move the "
+                "model to a GPU, or do without a graph"
+            )
         self._stamp = _stamp(self.model)
+
+    @property
+    def graphed(self) -> bool:
+        """Whether the step of one token is replayed from a CUDA graph."""
+        return isinstance(self._step, RecordedStep) and self._step.problem is None
 
     def read(self, ids: Sequence[int]) -> Tensor:
         """Logits [vocabulary] of the token after ``ids``, which follow those of the calls before; at least one."""
@@ -120,6 +153,12 @@ class CachedModel:
             self._cache, same = _cache_for(self.model), 0
         del self.ids[same:]
         return same
+
+
+def _step_of(model: "PreTrainedModel", graph: bool | None) -> RecordedStep | OneToken:
+    if graph is not False and graph_problem(model) is None:
+        return RecordedStep(model, cuda_graph(model.device), required=graph is True)
+    return OneToken(model)
 
 
 def _stamp(model: nn.Module) -> list[int]:

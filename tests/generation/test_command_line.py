@@ -61,6 +61,14 @@ def test_every_option_reaches_the_sampling(run, capsys):
     assert found.err == ""
 
 
+def test_a_graph_is_refused_where_there_is_no_gpu_and_none_can_be_asked_for(run, capsys):
+    assert run("a", "--graph") == 1
+    assert "error: a CUDA graph needs a model whose steps can be replayed; here the model is on cpu" in (
+        capsys.readouterr().err
+    )
+    assert run("a", "--no-graph", "--max-new-tokens", "2") == 0
+
+
 def test_a_minus_reads_the_prompt_from_standard_input(run, capsys, monkeypatch):
     run("Die\nKatze", "--seed", "3", "--max-new-tokens", "9")
     expected = capsys.readouterr().out
