@@ -45,5 +45,9 @@ if __name__ == "__main__":
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # errors come here as they are, to be told in one line
     try:
         main()
-    except (HydraException, OmegaConfBaseException, InputError, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, InputError, ValueError, RuntimeError) as error:
         refuse(error)
+    finally:
+        from bitnet.experiment.sweep import finish
+
+        finish()  # the table of a sweep that stopped on the way

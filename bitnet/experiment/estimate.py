@@ -1,6 +1,7 @@
 """What a run would cost, without running it: parameters and bytes are counted, memory and time are estimated."""
 
 import time
+from typing import Any
 
 import torch
 from omegaconf import DictConfig
@@ -10,7 +11,7 @@ from rich.table import Table
 from torch import nn
 
 from bitnet.data.tokenizer import TokenizerSpec, read_tokenizer
-from bitnet.experiment.settings import build
+from bitnet.experiment.settings import build, build_model
 from bitnet.export.doctor import TARGETS, diagnose
 from bitnet.models import diagnose_conversion
 from bitnet.nn import BitLinear, bit_linears, merge_lora
@@ -19,19 +20,13 @@ from bitnet.ptq import PTQMethod, Statistic
 from bitnet.ptq.blocks import find_blocks, linears_of
 
 NOT_CODES = {"dequantized", "auto"}  # options of formats that hold values where there are codes, or choose themselves
+BYTES_OF_LIBRARIES = 900_000_000  # resident in a run of this package before it has a model (docs/lab-notes.md)
 BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
 
 
 def print_estimate(cfg: DictConfig, console: Console) -> None:
     """Print the table of a dry run. The model takes no memory (meta device) unless it comes from a folder."""
-    tokenizer: TokenizerSpec = build(cfg.data.tokenizer)
-    vocab_size = tokenizer.vocab_size if tokenizer.path is None else len(read_tokenizer(tokenizer.path))
-    if cfg.model.path is not None:
-        norms = {"calibration": torch.zeros(1, 2, dtype=torch.int64)} if cfg.model.get("subln") else {}
-        model = build(cfg.model, vocab_size=cfg.model.vocab_size or 1, **norms)  # the folder knows its vocabulary
-    else:
-        with torch.device("meta"):
-            model = build(cfg.model, vocab_size=cfg.model.vocab_size or vocab_size)
+    model = _model(cfg)
     figures = _of_training(model, cfg) if cfg.fit or not cfg.ptq else {}
     if cfg.get("lora"):
         figures |= _of_adapters(model, cfg)
@@ -41,6 +36,28 @@ def print_estimate(cfg: DictConfig, console: Console) -> None:
     if bit_linears(model):
         report = diagnose_conversion(model, exclude=cfg.model.exclude)
         _print_table(console, "Conversion", report.rows() | _of_exports(model))
+
+
+def memory_of_a_run(cfg: DictConfig) -> int:
+    """Estimated bytes that training ``cfg`` takes on a CPU: the model and its optimizer, activations, the libraries.
+
+    A second copy of the weights is counted as well: a teacher, an original to compare with, or the frozen model.
+    """
+    model = _model(cfg)
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = cfg.data.batch_size * cfg.data.block_size
+    logits = 3 * 4 * tokens * model.get_output_embeddings().weight.shape[0]  # float32: they, their softmax and gradient
+    return BYTES_OF_LIBRARIES + (BYTES_A_TRAINED_PARAMETER + 4) * parameters + _activation_bytes(model, tokens) + logits
+
+
+def _model(cfg: DictConfig) -> Any:
+    tokenizer: TokenizerSpec = build(cfg.data.tokenizer)
+    vocab_size = tokenizer.vocab_size if tokenizer.path is None else len(read_tokenizer(tokenizer.path))
+    if cfg.model.path is not None:
+        norms = {"calibration": torch.zeros(1, 2, dtype=torch.int64)} if cfg.model.get("subln") else {}
+        return build_model(cfg, vocab_size=cfg.model.vocab_size or 1, **norms)  # the folder knows its vocabulary
+    with torch.device("meta"):
+        return build_model(cfg, vocab_size=cfg.model.vocab_size or vocab_size)
 
 
 def _print_table(console: Console, title: str, rows: dict[str, str]) -> None:

@@ -11,6 +11,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+EXTRAS = {"joblib": "parallel", "submitit_local": "cluster", "submitit_slurm": "cluster"}  # launchers of other packages
+
 
 def explained(error: Exception, config_directory: Path) -> str | None:
     """The message of ``error`` as one line, with the likeliest meaning of a misspelt key or choice.
@@ -20,14 +22,30 @@ def explained(error: Exception, config_directory: Path) -> str | None:
     text = str(error)
     if "Config group override must be a string" in text:
         return "a group is switched off with GROUP=none (export=none), a value with GROUP.KEY=null"
+    if type(error).__module__.startswith("submitit.") or "Could not detect" in text:
+        return _of_a_cluster(text)
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     if choice := re.search(r"Could not find '([\w./-]+)'\n\nAvailable options in '([\w/]+)':\n((?:\t.*\n?)+)", text):
         group, name = choice[2], choice[1].removeprefix(f"{choice[2]}/")
+        if name in EXTRAS:
+            return f"{group}={name} needs another package: pip install 'bitnet-qat[{EXTRAS[name]}]'"
         return f"{group}={name} is no choice{hint(name, [line.strip() for line in choice[3].splitlines()])}"
     if key := re.search(r"Could not override '([\w./@-]+)'", text):
         return f"there is no key {key[1]!r}{hint(key[1], _near(key[1], _keys(config_directory)))}"
     return " ".join(text.split("\n\n")[0].split())
+
+
+def _of_a_cluster(text: str) -> str:
+    """What Slurm or submitit said: no job was taken, or one was lost."""
+    if "Could not detect" in text:
+        return (
+            "hydra/launcher=submitit_slurm needs Slurm's srun and sbatch, and they are not here: run it on a login node"
+        )
+    said = [line.removeprefix("sbatch: error: ") for line in text.splitlines() if line.strip()]
+    if "sbatch: error" in text:
+        return f"Slurm took no job: {said[0]} (hydra.launcher.partition, account and limits; sinfo lists partitions)"
+    return f"a job was lost: {said[0] if said else 'submitit says nothing'}: the same command goes on"
 
 
 def hint(word: str, known: Iterable[str], prefix: str = "") -> str:

@@ -7,6 +7,7 @@ the model, the data's bytes a token into the validation, the measured loss into 
 import logging
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ from bitnet.experiment.arm import (
     all_exported,
     refuse_exports,
 )
+from bitnet.experiment.cells import in_use
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.initial import check_init, start_from
 from bitnet.experiment.logs import open_loggers
@@ -38,11 +40,13 @@ from bitnet.experiment.post_training import calibration_windows, quantize_afterw
 from bitnet.experiment.settings import (
     build,
     build_all,
+    build_model,
     check,
     claim_directory,
     discard_if_unused,
     process_rank,
     resumed,
+    sweep_cell,
     twin_of,
 )
 from bitnet.files import atomic_file
@@ -80,9 +84,14 @@ def run(cfg: DictConfig) -> list[RunRecord]:
         print_estimate(cfg, console)
         return []
     directory = Path(cfg.resume) if cfg.resume is not None else claim_directory(cfg)
-    console.print(f"[bold]{cfg.method}[/bold] in {directory}")
+    cell = sweep_cell() if process_rank() == 0 else None
+    if cell is not None and _is_done(cfg, directory):
+        console.print(f"[bold]{cfg.method}[/bold] in {directory}: finished before")
+    else:
+        console.print(f"[bold]{cfg.method}[/bold] in {directory}")
     try:
-        records = _run_arms(cfg, directory, console)
+        with in_use(cell) if cell is not None else nullcontext():
+            records = _run_arms(cfg, directory, console)
     except Exception:
         if cfg.resume is None:
             discard_if_unused(directory)
@@ -94,7 +103,7 @@ def run(cfg: DictConfig) -> list[RunRecord]:
     console.print(results_table(records, title=f"Results ({directory})", width=console.width))
     if cfg.fit:
         arms = {"dense": directory / "dense", cfg.method: directory} if cfg.twin else {cfg.method: directory}
-        curves = {name: arm / "csv" for name, arm in arms.items() if list(arm.glob("csv/*/metrics.csv"))}
+        curves = {name: arm / "csv" for name, arm in arms.items() if _logged_a_loss(arm)}
         if curves:  # none where the run was too short to log a step
             draw_curves(curves, directory / "curves.png")
     return records
@@ -111,7 +120,7 @@ def _run_arms(cfg: DictConfig, directory: Path, console: Console) -> list[RunRec
 
 def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     """One model from its first step to its record; one that has its record and its exports already is read back."""
-    if (directory / RECORD).exists() and all_exported(cfg, directory):
+    if _is_done(cfg, directory):
         names = (REFERENCE_RECORD, LATENT_RECORD, RECORD)
         found = [directory / name for name in names if (directory / name).exists()]
         return [RunRecord.read(path) for path in found]
@@ -139,9 +148,19 @@ def _recorded(arm: Arm, model: Any) -> list[RunRecord]:
         return quantize_afterwards(arm, model)
     if bit_linears(model):
         return _frozen(arm, model)
-    record = arm.record(cfg.method, model, arm.measure(model)[-1])
+    original, figures = arm.beside_the_original(model)
+    record = arm.record(cfg.method, model, figures)
     arm.export(model, record)
-    return [arm.keep(record)]
+    return [*original, arm.keep(record)]
+
+
+def _logged_a_loss(arm: Path) -> bool:
+    tables = [path.read_text(encoding="utf-8").partition("\n")[0] for path in arm.glob("csv/*/metrics.csv")]
+    return any({"train/loss", "val/loss"} & set(header.split(",")) for header in tables)
+
+
+def _is_done(cfg: DictConfig, directory: Path) -> bool:
+    return (directory / RECORD).exists() and all_exported(cfg, directory)
 
 
 def _frozen(arm: Arm, model: Any) -> list[RunRecord]:
@@ -152,14 +171,15 @@ def _frozen(arm: Arm, model: Any) -> list[RunRecord]:
     latent.write(arm.directory / LATENT_RECORD)
     trained = bit_linears(model)
     freeze(model)
-    measured = arm.measure(model)[-1]
-    if measured != figures:
-        raise AssertionError(f"the frozen model must answer as the trained one: {measured} against {figures}")
+    original, measured = arm.beside_the_original(model)
+    alone = {name: value for name, value in figures.items() if value is not None}
+    if (found := {name: measured[name] for name in alone}) != alone:
+        raise AssertionError(f"the frozen model must answer as the trained one: {found} against {alone}")
     frozen = arm.record(f"{method} frozen", model, measured)
     for name, layer in trained:
         model.set_submodule(name, layer)  # formats that can be trained on take the latent weights
     arm.export(model, frozen)
-    return [latent, arm.keep(frozen)]
+    return [*original, latent, arm.keep(frozen)]
 
 
 def _build_data(cfg: DictConfig) -> TextDataModule:
@@ -175,7 +195,7 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if cfg.model.get("subln"):
         ids["calibration"] = calibration_windows(cfg, data)
-    model = build(cfg.model, vocab_size=vocab_size, **ids)
+    model = build_model(cfg, vocab_size=vocab_size, **ids)
     check_vocabulary(tokenizer, model.config.get_text_config().vocab_size)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if isinstance(longest, int) and cfg.data.block_size > longest:
@@ -230,7 +250,10 @@ def _distillation(cfg: DictConfig, data: TextDataModule) -> Distillation | None:
                 f"the teacher in {teacher} has another vocabulary than the data ({len(theirs)} tokens, {len(ours)} "
                 f"here): use the teacher's own (data.tokenizer.path={teacher}), or another teacher"
             )
-    return build(cfg.distill)
+    distillation: Distillation = build(cfg.distill)
+    batches = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
+    distillation.reserve(batches, cfg.data.batch_size * cfg.data.block_size)
+    return distillation
 
 
 def _accelerator(cfg: DictConfig) -> str:
@@ -246,6 +269,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # batches take less than 1 % of a step
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # a sweep's launcher uses it
     warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before")  # the data knows
     warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")  # lightning 2.6 on torch 2.13

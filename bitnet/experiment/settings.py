@@ -24,11 +24,14 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bitnet.errors import InputError
 from bitnet.experiment.adapters import check_checkpointing, check_lora
+from bitnet.experiment.cells import RUN, SETTINGS, refuse_other_settings
 from bitnet.experiment.explain import hint
+from bitnet.files import atomic_file
+from bitnet.quant import in_eight_bits
 
 STATIC = "bitnet.quant.StaticActivation"
+ROTATED = "bitnet.quant.RotatedInputs"
 CLAIMED = "BITNET_RUN_FOLDER"  # environment variable that tells it to the processes that a run starts
-SETTINGS = "config.yaml"  # in a run's folder: what the run was started with
 GROUPS = {
     "size",
     "quantizer",
@@ -95,8 +98,10 @@ def check(cfg: DictConfig) -> None:
         )
     if cfg.activation and cfg.activation.get("_target_") == STATIC and not cfg.ptq:
         raise InputError("activation=static is calibrated after the training: it goes with ptq=")
-    if trained_quantized and not (cfg.quantizer and cfg.activation):
-        raise InputError(f"model={cfg.method} needs a quantizer and an activation: model=dense has neither")
+    if cfg.activation and cfg.activation.get("_target_") == ROTATED and cfg.ptq:
+        raise InputError("activation=a4_rotated turns weights as well, which training begins with: take activation=a4")
+    if trained_quantized and not cfg.quantizer:
+        raise InputError(f"model={cfg.method} needs a quantizer: model=dense quantizes nothing")
     if cfg.get("lora"):
         check_lora(cfg, trained_quantized)
         build(cfg.lora)  # refuses values that are out of range, before any work
@@ -117,7 +122,7 @@ def check(cfg: DictConfig) -> None:
     _check_scalars(cfg)
     if cfg.get("warmup"):
         _check_warmup(cfg, trained_quantized)
-    for group in ("quantizer", "ptq", "driver", "evaluation"):
+    for group in ("quantizer", "activation", "ptq", "driver", "evaluation"):
         if cfg[group]:
             build(cfg[group])  # refuses options that do not fit, before any work
     build_all(cfg.export)
@@ -144,7 +149,11 @@ def _check_warmup(cfg: DictConfig, trained_quantized: bool) -> None:
         raise InputError(f"model={cfg.method} quantizes nothing in training: leave out warmup=")
     if not cfg.fit:
         raise InputError("warmup= is a part of training: it does not go with fit=false")
-    build(cfg.warmup).check(cfg.trainer.max_steps)
+    warmup = build(cfg.warmup)
+    warmup.check(cfg.trainer.max_steps)
+    if warmup.narrow is not None:
+        activation = build(cfg.activation) if cfg.activation else None
+        in_eight_bits(getattr(activation, "plain", activation))
 
 
 def _check_scalars(cfg: DictConfig) -> None:
@@ -176,6 +185,14 @@ def build(node: DictConfig, **arguments: Any) -> Any:
         raise
 
 
+def build_model(cfg: DictConfig, **arguments: Any) -> Any:
+    """The model of a run. ``activation=none`` is an empty group in the configuration, and None to a layer."""
+    if cfg.model.get("layer") is not None and not cfg.activation:
+        cfg = cfg.copy()
+        OmegaConf.update(cfg, "model.layer.activation", None)
+    return build(cfg.model, **arguments)
+
+
 def plain_node(node: DictConfig) -> dict[str, Any]:
     """The values of ``node`` beside its ``_target_``."""
     return {str(key): node[key] for key in node if key not in INSTANTIATE_KEYS}
@@ -202,11 +219,13 @@ def twin_of(cfg: DictConfig) -> DictConfig:
 def claim_directory(cfg: DictConfig) -> Path:
     """Make the run's folder, with the settings in it; a folder is claimed by one run only.
 
-    Of a run's several processes the first one makes the folder. Those that it starts learn the name from it; those
-    that a launcher such as torchrun starts have to be given one.
+    In a sweep the folder is the cell's, and a run that is there already goes on. Of a run's several processes the first
+    one makes the folder. Those that it starts learn the name from it; those that a launcher such as torchrun starts
+    have to be given one.
 
     Raises:
-        InputError: ``output_dir`` exists already, or is missing where a launcher starts the processes.
+        InputError: ``output_dir`` exists already, or is missing where a launcher starts the processes; the cell of a
+            sweep was started with other settings.
     """
     if process_rank() != 0:
         if (name := os.environ.get(CLAIMED, cfg.output_dir)) is None:
@@ -216,7 +235,8 @@ def claim_directory(cfg: DictConfig) -> Path:
     os.environ[CLAIMED] = str(directory)
     settings = cfg.copy()
     OmegaConf.update(settings, "output_dir", str(directory))
-    OmegaConf.save(settings, directory / SETTINGS)
+    with atomic_file(directory / SETTINGS) as partial:
+        OmegaConf.save(settings, partial)
     return directory
 
 
@@ -232,7 +252,11 @@ def _claimed(cfg: DictConfig) -> Path:
             raise InputError(f"{directory} exists already: choose a new output_dir, or go on with resume={directory}")
         directory.mkdir(parents=True)
         return directory
-    return _new_directory(_sweep_directory() or Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{cfg.method}")
+    if (cell := sweep_cell()) is not None:
+        refuse_other_settings(cell / RUN, cfg)
+        (cell / RUN).mkdir(parents=True, exist_ok=True)
+        return cell / RUN
+    return _new_directory(Path("runs") / f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{cfg.method}")
 
 
 def discard_if_unused(directory: Path) -> None:
@@ -276,10 +300,11 @@ def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def _sweep_directory() -> Path | None:
+def sweep_cell() -> Path | None:
+    """The folder of this cell of a sweep; None for a run of its own."""
     if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
         return None
-    return Path(HydraConfig.get().runtime.output_dir) / "run"
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _new_directory(wanted: Path) -> Path:

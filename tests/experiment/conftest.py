@@ -1,5 +1,6 @@
 """Configurations of runs that take seconds: a tiny model on a few sentences."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
+sys.path.insert(0, str(Path(__file__).parent))  # for made_records
 CONFIG = Path(__file__).parents[2] / "conf"
 
 TINY = [

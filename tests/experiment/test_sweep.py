@@ -1,36 +1,17 @@
 import json
-import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from made_records import record
 
 from bitnet.experiment.sweep import compare_runs
 from bitnet.report import RunRecord
 
 ROOT = Path(__file__).parents[2]
 CALLBACK = "++hydra.callbacks.compare._target_=bitnet.experiment.sweep.CompareRuns"
-
-
-def record(method: str, nll: float, **changes) -> RunRecord:
-    fields = {
-        "model": "nano",
-        "data": {"name": "pydocs"},
-        "bits_per_weight": 32.0,
-        "bytes": 1000,
-        "nll": nll,
-        "perplexity": math.exp(nll),
-        "config": {},
-        "versions": {},
-        "machine": {},
-        "started": "",
-        "command": "",
-    }
-    unknown = dict.fromkeys(["bits_per_byte", "tokens_per_s", "git_sha", "git_dirty"])
-    counts = dict.fromkeys(["train_tokens", "steps", "seed", "seconds"], 0)
-    return RunRecord(method=method, **(fields | unknown | counts | changes))
 
 
 def job(sweep: Path, number: int, overrides: list[str], error: str | None = None, **records: RunRecord) -> None:
@@ -68,7 +49,8 @@ def test_rows_of_one_name_are_told_apart_by_what_was_varied(tmp_path):
         overrides = ["data=c4", f"optim.lr={number}"]
         job(tmp_path, number, overrides, run=record("b1.58 frozen", 4.0, bits_per_weight=1.6))
     compare_runs(tmp_path)
-    assert methods(tmp_path) == [f"b1.58 frozen optim.lr={number}" for number in range(11)]  # 10 after 9
+    best, *others = [f"b1.58 frozen optim.lr={number}" for number in range(11)]  # 10 after 9
+    assert methods(tmp_path) == [f"{best} (best)", *others]
 
 
 def test_each_run_is_measured_against_its_own_twin(tmp_path):
@@ -76,7 +58,9 @@ def test_each_run_is_measured_against_its_own_twin(tmp_path):
         twin, frozen = record("dense", 4.0 - number), record("b1.58 frozen", 4.25, bits_per_weight=1.6)
         job(tmp_path, number, [f"optim.lr={number}"], dense__run=twin, run=frozen)
     compare_runs(tmp_path)
-    assert methods(tmp_path) == [f"{name} optim.lr={n}" for name in ("dense", "b1.58 frozen") for n in range(2)]
+    words = ["optim.lr=0", "optim.lr=1 (best)", "optim.lr=0 (best)", "optim.lr=1"]
+    names = ["dense", "dense", "b1.58 frozen", "b1.58 frozen"]
+    assert methods(tmp_path) == [f"{name} {word}" for name, word in zip(names, words, strict=True)]
     assert column(tmp_path, "gap") == ["—", "—", "+0.2500", "+1.2500"]
 
 
@@ -143,7 +127,9 @@ def test_a_sweep_ends_with_a_table_whether_or_not_a_job_failed(tmp_path, corpus,
     done = sweep("good", "1e-3,2e-3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("All runs (good)") == 1
-    assert methods(tmp_path / "good")[1] == "bitnet158 frozen optim.lr=0.001"
+    assert {name.removesuffix(" (best)") for name in methods(tmp_path / "good")} == {
+        f"bitnet158 {form} optim.lr={rate}" for form in ("latent", "frozen") for rate in ("0.001", "0.002")
+    }
     done = sweep("bad", "-1,1e-3")
     assert done.returncode == 1
     assert done.stdout.count("All runs (bad)") == 1
