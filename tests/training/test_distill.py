@@ -10,6 +10,7 @@ from toy_training import VOCABULARY, ToyData, toy_module, toy_trainer
 
 from bitnet import BitLinear158, InputError
 from bitnet.models import Size, causal_lm
+from bitnet.nn import LatentLoRA
 from bitnet.training import AttentionRelations, Distillation, HiddenStates, LastAndBest, LogitKL
 from bitnet.training.distill import Seen
 
@@ -175,6 +176,13 @@ def test_what_the_student_does_not_train_is_in_memory_once():
     assert distillation.share(model) == VOCABULARY * 16 * 4
     assert teacher.model.embed_tokens.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
     assert teacher.lm_head.weight.data_ptr() != model.lm_head.weight.data_ptr()
+
+
+def test_the_frozen_base_of_adapters_is_in_memory_once():
+    model, teacher = student(seed=5), build(seed=5)
+    LatentLoRA(rank=2, norms=False)(model)
+    shared = Distillation(teacher, logits=LogitKL()).share(model)
+    assert shared == sum(parameter.nbytes for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize(
