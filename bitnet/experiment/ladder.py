@@ -1,0 +1,272 @@
+"""The gap ladder: how the loss of 1.58 bits above full precision falls with the size of the model.
+
+``train.py -m +experiment=ladder`` trains a dense and a ternary model of each size on the same tokens, at several
+learning rates. Of each size the best of both counts, and gap(N) = a * N^-b is fitted through their differences, a line
+in logarithms. N is the number of weights in the linears of the blocks: those that are quantized. The interval of the
+fit comes from how far the sizes lie off the line (Student's t, two degrees of freedom fewer than sizes), so it holds
+what seeds and learning rates leave open, and is wide for few sizes. Published gaps stand beside it and are not part of
+the fit: other data, a thousand times the tokens, and N counted with embeddings.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig
+
+from bitnet.errors import InputError
+from bitnet.files import atomic_file
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from bitnet.report import RunRecord
+
+# Quantiles of Student's t that hold 95 % between them, for 1, 2, ... degrees of freedom; further ones are close to 2.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+PUBLISHED = (  # label, parameters, nats above 16 bits
+    (
+        "BitNet b1.58, 100B tokens of C4 (arXiv:2411.04965)",
+        ((0.7e9, 0.074), (1.3e9, 0.041), (3e9, 0.037), (7e9, 0.004)),
+    ),
+    (
+        "ParetoQ 1.58 bits, wiki (arXiv:2502.02631)",
+        ((125e6, math.log(20.0 / 15.1)), (1e9, math.log(10.0 / 8.0))),
+    ),
+)
+
+
+class FitLadder(Callback):
+    """Hydra callback: fits the ladder of a sweep that ended without a failure."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        if not config.get("dry_run"):
+            write_ladder(Path(config.hydra.sweep.dir))
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """One size: the best dense and the best quantized model of it."""
+
+    weights: int  # in the linears of the blocks
+    dense: float  # nats a token
+    quantized: float
+    dense_rate: float
+    quantized_rate: float
+    edge: bool  # whether a best rate is the smallest or largest tried: a better one may lie outside
+
+    @property
+    def gap(self) -> float:
+        """Nats a token above full precision."""
+        return self.quantized - self.dense
+
+
+@dataclass(frozen=True, slots=True)
+class PowerLaw:
+    """gap(N) = exp(height) * (N / pivot)^-exponent, with the standard errors of a straight line in logarithms.
+
+    The pivot is the geometric mean of the sizes, where height and exponent do not depend on each other. Without more
+    than two sizes there are no errors: they are None.
+    """
+
+    pivot: float
+    height: float  # natural logarithm of the gap at the pivot
+    exponent: float
+    height_error: float | None
+    exponent_error: float | None
+    freedom: int
+
+    def gap(self, weights: float) -> float:
+        """Nats a token at a size."""
+        return math.exp(self.height - self.exponent * math.log(weights / self.pivot))
+
+    def interval(self, weights: float) -> tuple[float, float] | None:
+        """Low and high of the fitted line at a size, 95 %."""
+        if self.height_error is None or self.exponent_error is None:
+            return None
+        error = self._t * math.hypot(self.height_error, self.exponent_error * math.log(weights / self.pivot))
+        return self.gap(weights) * math.exp(-error), self.gap(weights) * math.exp(error)
+
+    @property
+    def exponent_interval(self) -> tuple[float, float] | None:
+        """Low and high of the exponent, 95 %."""
+        if self.exponent_error is None:
+            return None
+        return self.exponent - self._t * self.exponent_error, self.exponent + self._t * self.exponent_error
+
+    @property
+    def _t(self) -> float:
+        return T_95[self.freedom - 1] if self.freedom <= len(T_95) else 2.0
+
+
+def fit_power_law(sizes: Sequence[float], gaps: Sequence[float]) -> PowerLaw:
+    """Least squares through the logarithms, in float64.
+
+    Raises:
+        InputError: fewer than two different sizes, or a gap that is not positive and has no logarithm.
+    """
+    if len(set(sizes)) < 2:
+        raise InputError(f"expected gaps of at least two sizes for a fit, got {len(set(sizes))}")
+    if any(gap <= 0 for gap in gaps):
+        raise InputError(f"expected gaps above zero for a power law, got {min(gaps):+.4f}: leave that size out")
+    logs = [math.log(size) for size in sizes]
+    centre = math.fsum(logs) / len(logs)
+    x, y = [each - centre for each in logs], [math.log(gap) for gap in gaps]
+    spread = math.fsum(each * each for each in x)
+    height = math.fsum(y) / len(y)
+    slope = math.fsum(a * b for a, b in zip(x, y, strict=True)) / spread
+    freedom = len(x) - 2
+    errors: tuple[float | None, float | None] = (None, None)
+    if freedom > 0:
+        off = math.fsum((b - height - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / freedom
+        errors = math.sqrt(off / len(x)), math.sqrt(off / spread)
+    return PowerLaw(math.exp(centre), height, -slope, *errors, freedom)
+
+
+def rungs(records: "Sequence[RunRecord]") -> list[Rung]:
+    """The sizes of which there is a dense and a quantized model, smallest first, the best learning rate of each.
+
+    Raises:
+        InputError: the models saw different numbers of tokens, were measured on different text, or are of two methods.
+    """
+    from bitnet.report.tables import is_full_precision, same_tokens
+
+    usable = [each for each in records if each.nll is not None and each.config["size"]]
+    for each in usable:
+        if each.train_tokens != usable[0].train_tokens or not same_tokens(each, usable[0]):
+            raise InputError(
+                f"a ladder has one budget and one text: {each.method} {each.model} was trained on "
+                f"{each.train_tokens:,} tokens, {usable[0].method} {usable[0].model} on {usable[0].train_tokens:,}, "
+                "or they were measured on different text"
+            )
+    methods = {each.method for each in usable if not is_full_precision(each)}
+    if len(methods) > 1:
+        raise InputError(f"a ladder is of one method, got {', '.join(sorted(methods))}: sweep each of its own")
+    found = []
+    for weights in sorted({weights_of(each) for each in usable}):
+        alike = [each for each in usable if weights_of(each) == weights]
+        dense = [each for each in alike if is_full_precision(each)]
+        others = [each for each in alike if not is_full_precision(each)]
+        if dense and others:
+            best = [min(arm, key=lambda record: record.nll or math.inf) for arm in (dense, others)]
+            edge = any(_at_the_edge(one, arm) for one, arm in zip(best, (dense, others), strict=True))
+            found.append(Rung(weights, *(each.nll or 0.0 for each in best), *map(_rate, best), edge))
+    return found
+
+
+def weights_of(record: "RunRecord") -> int:
+    """Weights in the linears of the blocks: attention's four matrices and the feed-forward's three."""
+    size = record.config["size"]
+    hidden, heads = size["hidden_size"], size["num_attention_heads"]
+    keys = hidden * (size["num_key_value_heads"] or heads) // heads
+    return size["num_hidden_layers"] * hidden * (2 * hidden + 2 * keys + 3 * size["intermediate_size"])
+
+
+def write_ladder(directory: Path) -> PowerLaw:
+    """Fit the runs below ``directory``; prints the table and writes ladder.md, ladder.json and ladder.png into it.
+
+    Raises:
+        InputError: fewer than two sizes with a gap above zero, or runs that cannot be compared.
+    """
+    from bitnet.report import RunRecord
+
+    found = rungs([RunRecord.read(path) for path in sorted(directory.glob("*/run/run.json"))])
+    fitted = [each for each in found if each.gap > 0]
+    law = fit_power_law([each.weights for each in fitted], [each.gap for each in fitted])
+    text = _markdown(found, law)
+    print(text)
+    with atomic_file(directory / "ladder.md") as partial:
+        partial.write_text(text, encoding="utf-8")
+    figures = {"pivot": law.pivot, "gap_at_pivot": math.exp(law.height), "exponent": law.exponent}
+    with atomic_file(directory / "ladder.json") as partial:
+        partial.write_text(json.dumps({**figures, "exponent_interval": law.exponent_interval}, indent=1) + "\n")
+    draw_ladder(found, law, directory / "ladder.png")
+    return law
+
+
+def draw_ladder(found: Sequence[Rung], law: PowerLaw, path: Path) -> None:
+    """Gap over size, both logarithmic: the rungs, the fitted line with its interval, and published gaps beside them."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    from bitnet.report.plots import COLOURS
+
+    figure = Figure(figsize=(8.5, 5), layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes: Axes = figure.subplots()
+    shown = [each for each in found if each.gap > 0]
+    ends = (shown[0].weights, max(size for _, points in PUBLISHED for size, _ in points))
+    line = [ends[0] * (ends[1] / ends[0]) ** (step / 60) for step in range(61)]
+    measured = [size for size in line if size <= shown[-1].weights] + [shown[-1].weights]
+    beyond = [shown[-1].weights] + [size for size in line if size > shown[-1].weights]
+    axes.plot(
+        [each.weights for each in shown], [each.gap for each in shown], "o", color=COLOURS[0], label="measured here"
+    )
+    axes.plot(measured, [law.gap(size) for size in measured], color=COLOURS[0], label=f"fit: N^-{law.exponent:.2f}")
+    axes.plot(
+        beyond, [law.gap(size) for size in beyond], ":", color=COLOURS[0], label="the same line, beyond what was run"
+    )
+    if bands := [band for size in measured if (band := law.interval(size)) is not None]:
+        axes.fill_between(
+            measured, *zip(*bands, strict=True), color=COLOURS[0], alpha=0.15, lw=0, label="95 % of the fit"
+        )
+    for (label, points), colour, marker in zip(PUBLISHED, COLOURS[1:], "sD", strict=False):
+        axes.plot(*zip(*points, strict=True), marker, mfc="none", color=colour, label=f"published: {label}")
+    axes.set(xscale="log", yscale="log", xlabel="weights in quantized linears (published: all parameters)")
+    axes.set_ylim(bottom=1e-3)
+    axes.set_ylabel("gap to full precision, nats a token")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    with atomic_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=150)
+
+
+def _markdown(found: Sequence[Rung], law: PowerLaw) -> str:
+    lines = [
+        "| weights | dense | its rate | quantized | its rate | gap |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for each in found:
+        note = " (not in the fit)" if each.gap <= 0 else ""
+        lines.append(
+            f"| {each.weights:,} | {each.dense:.4f} | {each.dense_rate:g} | {each.quantized:.4f} | "
+            f"{each.quantized_rate:g} | {each.gap:+.4f}{note} |"
+        )
+    interval = law.exponent_interval
+    error = "two sizes leave no interval" if interval is None else f"95 %: {interval[0]:.2f} to {interval[1]:.2f}"
+    lines += ["", f"gap(N) = {math.exp(law.height):.4f} nats * (N / {law.pivot:,.0f})^-{law.exponent:.3f} ({error})"]
+    if edges := [f"{each.weights:,}" for each in found if each.edge]:
+        lines += [
+            "",
+            f"Best rates at an edge of what was tried, so that a better one may lie outside: {', '.join(edges)}",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _rate(record: "RunRecord") -> float:
+    return record.config["optim"]["lr"]
+
+
+def _at_the_edge(best: "RunRecord", arm: "Sequence[RunRecord]") -> bool:
+    rates = [_rate(each) for each in arm]
+    return len(set(rates)) > 1 and _rate(best) in (min(rates), max(rates))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """``python -m bitnet.experiment.ladder SWEEP``: fit a sweep that is there."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if len(given) != 1 or not Path(given[0]).is_dir():
+        sys.exit("usage: python -m bitnet.experiment.ladder SWEEP, the folder of a sweep of +experiment=ladder")
+    try:
+        write_ladder(Path(given[0]))
+    except InputError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
