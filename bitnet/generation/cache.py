@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 from bitnet.errors import InputError
 from bitnet.generation.graph import RecordedStep, cuda_graph, graph_problem
+from bitnet.generation.native import NativeStep, native_step
 from bitnet.generation.step import OneToken, knows
 
 if TYPE_CHECKING:
@@ -36,7 +37,8 @@ class GrowingLayer(DynamicLayer):
 
     def extend(self) -> tuple[Tensor, Tensor]:
         """All of the memory of keys and of values, a token more of which counts as read: the caller's to write."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         begin = self.get_seq_length()
         self._room_for_keys = _room(self._room_for_keys, begin, begin + 1, self.keys)
         self._room_for_values = _room(self._room_for_values, begin, begin + 1, self.values)
@@ -155,10 +157,11 @@ class CachedModel:
         return same
 
 
-def _step_of(model: "PreTrainedModel", graph: bool | None) -> RecordedStep | OneToken:
+def _step_of(model: "PreTrainedModel", graph: bool | None) -> NativeStep | RecordedStep | OneToken:
     if graph is not False and graph_problem(model) is None:
         return RecordedStep(model, cuda_graph(model.device), required=graph is True)
-    return OneToken(model)
+    step = OneToken(model)
+    return native_step(model, step) or step
 
 
 def _stamp(model: nn.Module) -> list[int]:

@@ -122,7 +122,8 @@ def _norm(module: Any, recorded: bool) -> Function:
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
             return module(x)
         flat = x.float().view(-1)  # three operators; the module's are six, rms_norm's a dozen
-        scaled = flat * (torch.dot(flat, flat).item() / len(flat) + eps) ** -0.5
+        mean = torch.dot(flat, flat).item() / len(flat) + eps
+        scaled = flat * (mean**-0.5 if mean else torch.inf)
         return (scaled.to(x.dtype) * weight).view(x.shape)  # rounded where the module rounds
 
     return norm

@@ -14,6 +14,7 @@ from bitnet.nn.packed_linear import PackedLinear
 from bitnet.nn.quantized_linear import result_dtype
 from bitnet.ops import packed_linear
 from bitnet.ops.cpu import cpu_linear
+from bitnet.ops.decoder import Matrix
 from bitnet.quant.packed import PackedTensor
 
 BYTES = "weight_packed"  # the buffer that holds them
@@ -32,14 +33,10 @@ def fused(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
     Raises:
         InputError: by the function, for an input that the layers refuse.
     """
-    first = layers[0]
-    if isinstance(first, PackedLinear) and first._known is not None and all(_alike(first, each) for each in layers):
-        packed, weights = _one_matrix(layers), [_weight(each) for each in layers]
-        scale = torch.cat([each.scale.expand(each.shape[0], 1) for each in weights])
-        biases = [each.bias for each in layers if isinstance(each.bias, Tensor)]
-        bias = torch.cat(biases) if biases else None
-        layout, activation = weights[0].layout, first._known
-        columns, in_memory = weights[0].columns, packed.device.type == "cpu"
+    matrix = one_matrix(layers)
+    if matrix is not None:
+        packed, scale, bias, layout, activation, columns = matrix
+        in_memory = packed.device.type == "cpu"
 
         def run(x: Tensor) -> Tensor:
             # In main memory the operator's checks and dispatch take as long as a small product, so what it would run is
@@ -51,8 +48,20 @@ def fused(layers: Sequence[nn.Module]) -> Callable[[Tensor], Tensor]:
 
         return run
     if len(layers) == 1:
-        return first
+        return layers[0]
     return lambda x: torch.cat([layer(x) for layer in layers], dim=-1)
+
+
+def one_matrix(layers: Sequence[nn.Module]) -> Matrix | None:
+    """All ``layers`` as one packed matrix, whose bytes each then sees its rows of; None where they are not alike."""
+    first = layers[0]
+    if not isinstance(first, PackedLinear) or first._known is None or not all(_alike(first, each) for each in layers):
+        return None
+    packed, weights = _one_storage(layers), [_weight(each) for each in layers]
+    scale = torch.cat([each.scale.expand(each.shape[0], 1) for each in weights])
+    biases = [each.bias for each in layers if isinstance(each.bias, Tensor)]
+    bias = torch.cat(biases) if biases else None
+    return Matrix(packed, scale, bias, weights[0].layout, first._known, weights[0].columns)
 
 
 def _alike(one: PackedLinear, other: nn.Module) -> bool:
@@ -65,7 +74,7 @@ def _alike(one: PackedLinear, other: nn.Module) -> bool:
     return same_place and (mine.layout, mine.columns) == (its.layout, its.columns)
 
 
-def _one_matrix(layers: Sequence[nn.Module]) -> Tensor:
+def _one_storage(layers: Sequence[nn.Module]) -> Tensor:
     """The bytes of all layers, [sum of out, bytes]; afterwards each layer holds its rows of it."""
     parts = [getattr(layer, BYTES) for layer in layers]
     rows, width = sum(each.shape[0] for each in parts), parts[0].shape[1]

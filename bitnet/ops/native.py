@@ -38,6 +38,9 @@ class Native:
         library = ctypes.CDLL(str(path))
         self._multiply = library.bitnet_packed_linear
         self._multiply.argtypes, self._multiply.restype = _ARGUMENTS, _INT
+        self.decode = library.bitnet_decode  # called by bitnet.ops.decoder
+        self.decode.argtypes = [_POINTER, _POINTER, _POINTER, _POINTER, _LONG, _POINTER, _INT, _INT]
+        self.decode.restype = _INT
         self._damaged = library.bitnet_damaged_byte
         self._damaged.argtypes, self._damaged.restype = [_POINTER, _LONG, _LONG, _LONG, _INT], _LONG
         self.tiers = tuple(name for name in BEST_FIRST if library.bitnet_has_tier(TIERS.index(name)))

@@ -4,9 +4,13 @@ import pytest
 import torch
 from text_models import BODIES, quantized, tiny
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from bitnet.generation import CachedModel
-from bitnet.generation.step import knows
+from bitnet.generation.native import NativeStep
+from bitnet.generation.step import OneToken, _norm, knows
+from bitnet.nn.digits import round_head
+from bitnet.ops.cpu import Choice
 
 IDS = torch.randint(300, (60,), generator=torch.Generator().manual_seed(3)).tolist()
 
@@ -74,3 +78,59 @@ def test_a_model_that_is_not_wholly_known_goes_through_transformers(change):
     with torch.no_grad():
         expected = model(torch.tensor([IDS[:21]])).logits[0, -1]
     assert torch.allclose(cached.read(IDS[20:21]), expected, atol=1e-4)
+
+
+def steps(model) -> list[CachedModel]:
+    """The same model with its step in one call, and by PyTorch's operators."""
+    found = [CachedModel(model), CachedModel(model)]
+    assert type(found[0]._step) is NativeStep
+    found[1]._step = OneToken(model)
+    return found
+
+
+@pytest.mark.parametrize("head", ["stored", "int8"])
+@pytest.mark.parametrize("body", BODIES)
+def test_a_packed_model_steps_in_one_call_and_differs_by_codes_that_rounding_moves(body, head):
+    model = quantized(body, packed=True)
+    if head == "int8":
+        round_head(model)
+    found = list[torch.Tensor]()
+    for cached in steps(model):
+        cached.read(IDS[:20])
+        once = [cached.read([each]) for each in IDS[20:]]  # and on, beyond the memory of 64 tokens
+        again = [cached.read([each]) for each in IDS[:30]]
+        assert cached.keep(IDS[:40]) == 39
+        found.append(torch.stack([*once, *again, cached.read(IDS[39:40])]))
+    ours, theirs = found
+    assert (ours - theirs).std() / theirs.std() < 0.02
+    assert (ours - theirs).abs().median() / theirs.std() < 1e-5
+    assert (ours.argmax(-1) == theirs.argmax(-1)).float().mean() > 0.95
+
+
+def test_under_autocast_the_step_is_that_of_the_operators():
+    found = list[torch.Tensor]()
+    for cached in steps(quantized("llama", packed=True)):
+        with torch.autocast("cpu", torch.bfloat16):
+            cached.read(IDS[:20])
+            found.append(cached.read(IDS[20:21]))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", ["dense", "frozen", "bfloat16", "one dense layer", "gelu", "eager kernels"])
+def test_what_the_kernels_cannot_compute_steps_by_operators(kind, monkeypatch):
+    model = tiny("llama") if kind == "dense" else quantized("llama", packed=kind != "frozen")
+    if kind == "bfloat16":
+        model.bfloat16()
+    elif kind == "one dense layer":
+        model.model.layers[1].mlp.down_proj = torch.nn.Linear(80, 48)
+    elif kind == "gelu":
+        model.model.layers[0].mlp.act_fn = torch.nn.GELU()
+    elif kind == "eager kernels":
+        monkeypatch.setattr("bitnet.generation.native.choice", lambda: Choice("reference"))
+    assert type(CachedModel(model)._step) is OneToken
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6])
+def test_a_row_of_zeros_is_normalized_as_the_model_normalizes_it(eps):
+    norm = LlamaRMSNorm(8, eps)
+    assert torch.equal(_norm(norm, recorded=False)(torch.zeros(1, 1, 8)).isnan(), norm(torch.zeros(1, 1, 8)).isnan())

@@ -119,4 +119,5 @@ struct Avx512 {
   AVX512_FN void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   AVX512_FN void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
   AVX512_FN void share(const Task &t, int64_t share) { share_of<Avx512>(t, share); }
+  template <class Work> AVX512_FN void with(const Work &work, int64_t i) { work(i); }
 };

@@ -95,4 +95,5 @@ struct Neon {
   NEON_FN void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   NEON_FN void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
   NEON_FN void share(const Task &t, int64_t share) { share_of<Neon>(t, share); }
+  template <class Work> NEON_FN void with(const Work &work, int64_t i) { work(i); }
 };

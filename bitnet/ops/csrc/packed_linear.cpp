@@ -3,27 +3,18 @@
 //     task.h      the bytes, drawn                   scalar.h, avx2.h, avx512.h, amx.h, neon.h     the tiers
 //     inputs.h    float -> int8 codes, one scale     rows.h      tiles of rows and tokens, one thread's share
 //     floats.h    bfloat16, float16                  results.h   int32 sums -> rescaled, biased, rounded
+//     products.h  one layer, by a tier               decoder.h   one token through a model's layers (lanes.h: floats)
 //
 // Every tier gives the same integers, and the float operations around them are the same code: results are equal bit
 // for bit, on every machine, for every number of threads.
-#include <cstdlib>
-
-#include "scalar.h"
+#include "decoder.h"
 #if defined(__x86_64__)
-#include "amx.h"
-#include "avx2.h"
-#include "avx512.h"
 #include "cpu_x86.h"
-#elif defined(__aarch64__)
-#include "neon.h"
 #endif
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-enum Tier { SCALAR = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, TIERS = 5 };
 enum Outcome { DONE = 0, OUT_OF_MEMORY = 1, NO_SUCH_TIER = 2 };
-
-constexpr int AMX_FROM = 12;  // tokens: with fewer, most of a tile would be padding
 
 // Whether this machine can run a tier, and this library holds it.
 EXPORT int bitnet_has_tier(int tier) {
@@ -47,21 +38,6 @@ EXPORT int bitnet_is_parallel() {
 #endif
 }
 
-template <class Tier>
-static void run(const Source &source, const Task &t, int threads) {
-  const int64_t shares = shares_of(t);
-  // Several shares on end for a thread: the processor fetches beyond a share's end, and should not do so in vain.
-  const int64_t on_end = t.tokens > 1 || shares < 8 * threads ? 1 : shares / (4 * threads);
-  (void)on_end;  // without OpenMP
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-#pragma omp for
-    for (int64_t m = 0; m < t.tokens; ++m) Tier::quantize_input(source, t, m);
-#pragma omp for schedule(dynamic, on_end)
-    for (int64_t share = 0; share < shares; ++share) Tier::share(t, share);
-  }
-}
-
 // y = rescaled (quantized x) (codes of packed)^T + bias; see bitnet/ops/packed_linear.py for what each argument is.
 // x is [tokens, columns] with x_step elements from row to row; x and y have the type `type`.
 EXPORT int bitnet_packed_linear(
@@ -71,28 +47,20 @@ EXPORT int bitnet_packed_linear(
     void *y, int threads, int tier) {
   if (!bitnet_has_tier(tier)) return NO_SUCH_TIER;
   if (!tokens || !rows) return DONE;
-  if (tier == AMX && tokens < AMX_FROM) tier = AVX512;
-  const int planes = layout == I2 ? PLANES<I2> : layout == T5 ? PLANES<T5> : PLANES<B1>;
-  const int64_t blocks = (row_bytes + BLOCK - 1) / BLOCK, step = blocks * BLOCK * planes;
-  const int64_t padded = (tokens + 15) / 16 * 16;  // AMX takes 16 at a time
-  // One allocation: scales and sums, then codes. All sizes are multiples of 64 bytes.
-  char *memory = (char *)aligned_alloc(64, (size_t)(padded * (8 + step)));
+  const Linear l = {packed, scale, bias, rows, columns, row_bytes, scale_step, layout, bias_type, steps};
+  char *memory = (char *)aligned_alloc(64, (size_t)memory_for(l, tokens));
   if (!memory) return OUT_OF_MEMORY;
-  int8_t *inputs = (int8_t *)memory + padded * 8;
-  if (tier == AMX) memset(inputs + (padded - 16) * step, 0, (size_t)(16 * step));  // rows that do not exist
-  const Source source = {x, type, x_step, columns, steps};
-  const Task t = {packed, rows, row_bytes, blocks, layout, scale, scale_step, bias, bias_type, tokens,
-                  inputs, step, (float *)memory, (int32_t *)memory + padded, y, type};
-#if defined(__x86_64__)
-  if (tier == AMX) run<Amx>(source, t, threads);
-  else if (tier == AVX512) run<Avx512>(source, t, threads);
-  else if (tier == AVX2) run<Avx2>(source, t, threads);
-#elif defined(__aarch64__)
-  if (tier == NEON) run<Neon>(source, t, threads);
-#endif
-  if (tier == SCALAR) run<Scalar>(source, t, threads);
+  multiply(l, x, tokens, x_step, type, y, memory, threads, tier);
   free(memory);
   return DONE;
+}
+
+// One token through a decoder: see decoder.h. Its keys and values are written to `position` of every layer's.
+EXPORT int bitnet_decode(
+    const Decoder *decoder, float *x, const float *cos, const float *sin, int64_t position, float *y, int threads,
+    int tier) {
+  if (!bitnet_has_tier(tier)) return NO_SUCH_TIER;
+  return decode(*decoder, x, cos, sin, position, y, threads, tier) ? DONE : OUT_OF_MEMORY;
 }
 
 // Whether a byte of the middle of a row is one that codes pack to: i2 has no code 3, t5 no byte above 242.

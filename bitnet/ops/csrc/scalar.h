@@ -34,4 +34,5 @@ struct Scalar {
   static void quantize_input(const Source &s, const Task &t, int64_t m) { quantize<InRows>(s, t, m); }
   static void finish(const Epilogue &e, const int32_t *dots, const Task &t, int64_t m) { finish_row(e, dots, t, m); }
   static void share(const Task &t, int64_t share) { share_of<Scalar>(t, share); }
+  template <class Work> __attribute__((noinline)) static void with(const Work &work, int64_t i) { work(i); }
 };
