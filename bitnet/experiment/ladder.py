@@ -211,14 +211,13 @@ def draw_ladder(found: Sequence[Rung], law: PowerLaw, path: Path) -> None:
     axes.plot(
         beyond, [law.gap(size) for size in beyond], ":", color=COLOURS[0], label="the same line, beyond what was run"
     )
-    if bands := [band for size in measured if (band := law.interval(size)) is not None]:
-        axes.fill_between(
-            measured, *zip(*bands, strict=True), color=COLOURS[0], alpha=0.15, lw=0, label="95 % of the fit"
-        )
+    for part, alpha, label in ((measured, 0.18, "95 % of the fit"), (beyond, 0.06, None)):
+        if bands := [band for size in part if (band := law.interval(size)) is not None]:
+            axes.fill_between(part, *zip(*bands, strict=True), color=COLOURS[0], alpha=alpha, lw=0, label=label)
     for (label, points), colour, marker in zip(PUBLISHED, COLOURS[1:], "sD", strict=False):
         axes.plot(*zip(*points, strict=True), marker, mfc="none", color=colour, label=f"published: {label}")
     axes.set(xscale="log", yscale="log", xlabel="weights in quantized linears (published: all parameters)")
-    axes.set_ylim(bottom=1e-3)
+    axes.set_ylim(1e-3, 2 * max(*(each.gap for each in shown), *(gap for _, points in PUBLISHED for _, gap in points)))
     axes.set_ylabel("gap to full precision, nats a token")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)

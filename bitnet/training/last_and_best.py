@@ -2,7 +2,8 @@
 
 ``last.ckpt`` is the run as it stands, ``best.ckpt`` the run at its lowest validation loss. Saving happens between whole
 optimizer steps only. That includes Ctrl-C and SIGTERM: the signal is noted, the step under way is finished, the
-checkpoint written, and the program ends with the command that goes on from there.
+checkpoint written, and the program ends with the command that goes on from there. Slurm's warning before a time limit
+waits for the same moment; then it goes to whoever asked for it, who puts the job back into the queue.
 """
 
 import math
@@ -21,6 +22,8 @@ from bitnet.files import atomic_file
 from bitnet.training.warmup import warming_up
 
 METRIC = "val/loss"
+STOPS = (signal.SIGINT, signal.SIGTERM)
+REQUEUES = (signal.SIGUSR2,) if hasattr(signal, "SIGUSR2") else ()  # submitit's; left alone where nobody handles it
 
 
 class LastAndBest(Checkpoint):
@@ -71,6 +74,9 @@ class LastAndBest(Checkpoint):
         if due or number is not None or trainer.should_stop or step == trainer.max_steps:
             trainer.save_checkpoint(self.last, weights_only=False)
         if number is not None:
+            if number in REQUEUES:
+                self._pass_on(number)
+                return
             pl_module.print(f"Stopped after step {step}. To go on: python train.py resume={trainer.default_root_dir}")
             # SIGTERM ends with the status that a shell gives it: an unfinished run must not look finished.
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
@@ -99,7 +105,7 @@ class LastAndBest(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (*STOPS, *(each for each in REQUEUES if callable(signal.getsignal(each)))):
                 self._handlers[number] = signal.signal(number, self._note)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,12 +118,21 @@ class LastAndBest(Checkpoint):
         while self._handlers:
             signal.signal(*self._handlers.popitem())
 
+    def _pass_on(self, number: int) -> None:
+        """Let the handler that stood here before do its work now. One that returns leaves the training running."""
+        self._signal = None
+        self._handlers[number](number, None)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         """Remember the first signal; let the second one through."""
         if self._signal is not None:
             raise KeyboardInterrupt
         self._signal = number
-        print("\nStopping after this step; a second signal stops at once, at the last checkpoint.", flush=True)
+        after = "handing over" if number in REQUEUES else "stopping"
+        print(
+            f"\n{after.capitalize()} after this step; a second signal stops at once, at the last checkpoint.",
+            flush=True,
+        )
 
     def _stop_signal(self, trainer: Trainer) -> int | None:
         """The signal to stop for. All ranks must agree, since all of them take part in saving."""

@@ -88,6 +88,36 @@ def test_a_signal_ends_the_step_saves_it_and_says_how_to_go_on(tmp_path, capsys,
     assert f"Stopped after step 6. To go on: python train.py resume={tmp_path}" in capsys.readouterr().out
 
 
+def test_a_scheduler_s_signal_goes_to_its_handler_once_the_step_is_saved(tmp_path):
+    last, seen = tmp_path / "checkpoints/last.ckpt", []
+
+    def requeue(number, frame):
+        seen.append(_step_of(last))
+        if len(seen) == 2:
+            raise SystemExit(7)
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    try:
+        with pytest.raises(SystemExit) as caught:
+            _fit(
+                tmp_path, 12, [_SignalInStep(signal.SIGUSR2, 3), _SignalInStep(signal.SIGUSR2, 5)], limit_val_batches=0
+            )
+        assert signal.getsignal(signal.SIGUSR2) is requeue
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert caught.value.code == 7
+    assert seen == [4, 6]  # a handler that returns leaves the training running
+
+
+def test_a_signal_that_nobody_handles_is_left_alone(tmp_path):
+    class Look(Callback):
+        def on_train_batch_start(self, *_):
+            assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+
+    assert signal.getsignal(signal.SIGUSR2) == signal.SIG_DFL
+    _fit(tmp_path, 2, [Look()])
+
+
 def test_signal_handlers_are_given_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     _fit(tmp_path)
