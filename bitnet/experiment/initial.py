@@ -16,6 +16,8 @@ from bitnet.ptq.starts import Start
 from bitnet.quant.layer_grid import LayerGrid
 from bitnet.report import terminal
 
+TURNED = "bitnet.quant.RotatedInputs"
+
 
 def check_init(cfg: DictConfig) -> None:
     """Raise InputError for an initialisation of what is not pretrained, not quantized, or quantized in another way."""
@@ -28,6 +30,8 @@ def check_init(cfg: DictConfig) -> None:
             f"init= sets the weights of layers that are quantized in training, and model={cfg.method} has none: choose "
             "model=bitnet158, or ptq= to quantize afterwards"
         )
+    if cfg.activation and cfg.activation.get("_target_") == TURNED:
+        raise InputError("init= knows weights whose inputs are not turned: take activation=a4, or init=none")
     build(cfg.init)  # refuses options that do not fit, before any work
     LayerGrid.of(build(cfg.quantizer))
 

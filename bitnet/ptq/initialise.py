@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from bitnet.errors import InputError
 from bitnet.nn import BitLinear, bit_linears
@@ -115,6 +116,8 @@ def _check(layers: dict[str, BitLinear]) -> tuple[_Quantizer, Any]:
             raise InputError(
                 f"latent weights are set in float32, got {layer.weight.dtype} in {name}: call model.float() first"
             )
+        if is_parametrized(layer, "weight"):
+            raise InputError(f"{name} has an adapter: initialise first, then add adapters (bitnet.nn.LatentLoRA)")
     quantizers = [_Quantizer(layer.quantizer) for layer in layers.values()]
     activations = {id(layer.activation): layer.activation for layer in layers.values()}
     if any(each.rule != quantizers[0].rule for each in quantizers) or len(activations) > 1:

@@ -12,6 +12,7 @@ from bitnet.training.random_state import RandomState
 from bitnet.training.samples import WriteSamples, generate
 from bitnet.training.schedules import Factors, Schedule, constant, cosine, two_stage, wsd
 from bitnet.training.small_states import adafactor, adamw8bit
+from bitnet.training.teacher_cache import TeacherCache
 from bitnet.training.warmup import QuantizationWarmup, WarmUp
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizationWarmup",
     "RandomState",
     "Schedule",
+    "TeacherCache",
     "TrainingProgress",
     "WarmUp",
     "WriteSamples",

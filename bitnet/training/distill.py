@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from bitnet.errors import InputError
 from bitnet.nn.lora import base_name
 from bitnet.training.taps import Taps
+from bitnet.training.teacher_cache import Answers, TeacherCache, TopLogProbs
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MEASURES = ("mse", "cosine")
@@ -34,7 +35,7 @@ MEASURES = ("mse", "cosine")
 class Seen:
     """What one model made of a batch: logits ``[batch, block, vocabulary]``, and outputs of modules by name."""
 
-    logits: Tensor
+    logits: Answers  # of a cached teacher perhaps the likeliest tokens alone
     outputs: Mapping[str, Tensor]
 
 
@@ -73,8 +74,14 @@ class LogitKL:
         return {}
 
     def loss(self, student: Seen, teacher: Seen, predicted: Tensor) -> Tensor:
-        ours, theirs = (F.log_softmax(each.logits.float() / self.temperature, -1) for each in (student, teacher))
-        divergence = (theirs.exp() * (theirs - ours)).sum(-1)
+        assert isinstance(student.logits, Tensor)
+        if isinstance(teacher.logits, TopLogProbs):
+            divergence = teacher.logits.divergence(student.logits, self.temperature)
+        else:
+            ours, theirs = (
+                F.log_softmax(each.float() / self.temperature, -1) for each in (student.logits, teacher.logits)
+            )
+            divergence = (theirs.exp() * (theirs - ours)).sum(-1)
         return (divergence * predicted).sum() / predicted.sum().clamp(min=1) * self.temperature**2
 
 
@@ -160,7 +167,7 @@ class AttentionRelations:
         return {f"relations.{name}": self._projection(block, name) for name in self.projections}
 
     def loss(self, student: Seen, teacher: Seen, predicted: Tensor) -> Tensor:
-        total = torch.zeros((), device=student.logits.device)
+        total = torch.zeros((), device=predicted.device)
         for name in self.projections:
             ours, theirs = map(self._relations, _pair(student, teacher, f"relations.{name}"))
             total = total + (theirs.exp() * (theirs - ours)).sum(-1).mean()
@@ -192,9 +199,11 @@ class Distillation:
         dtype: of the teacher's weights: "float32", or "bfloat16" for half the memory.
         cross_entropy: weight of the student's own loss; 0 learns from the teacher alone.
         logits, hidden, relations: the terms; None leaves one out.
+        cache: keeps the teacher's logits on disk, see `bitnet.training.teacher_cache`; goes with ``logits`` alone.
 
     Raises:
-        InputError: no teacher, no term, an unknown dtype, or a directory that cannot be loaded.
+        InputError: no teacher, no term, an unknown dtype, a directory that cannot be loaded, or a cache that does not
+            fit.
     """
 
     def __init__(
@@ -206,6 +215,7 @@ class Distillation:
         logits: LogitKL | None = None,
         hidden: HiddenStates | None = None,
         relations: AttentionRelations | None = None,
+        cache: TeacherCache | None = None,
     ) -> None:
         self.terms: dict[str, Term] = {
             name: term
@@ -218,6 +228,9 @@ class Distillation:
             raise InputError(f"distill.dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if not 0 <= cross_entropy < math.inf:
             raise InputError(f"distill.cross_entropy must be 0 or more, got {cross_entropy}")
+        cached = cache is not None and cache.directory is not None
+        if cached and self.terms.keys() != {"logits"}:
+            raise InputError("distill.cache keeps logits alone: leave out distill.hidden and distill.relations, or it")
         if teacher is None:
             raise InputError("distill.teacher is missing: give the directory of a trained model")
         from bitnet.models import from_directory  # brings transformers
@@ -226,6 +239,8 @@ class Distillation:
         self.teacher = model.to(DTYPES[dtype]).eval().requires_grad_(False)
         self.cross_entropy = cross_entropy
         self._student, self._teacher = Taps(), Taps()
+        temperature = 1.0 if logits is None else logits.temperature
+        self._store = cache.open(self.teacher, temperature) if cached and cache is not None else None
 
     def check(self, student: nn.Module) -> None:
         """Refuse a student that this teacher cannot teach.
@@ -278,9 +293,20 @@ class Distillation:
             predicted: [batch, block], where a next token is predicted.
         """
         with torch.no_grad():
-            theirs = Seen(self.teacher(**inputs, use_cache=False).logits, self._teacher.take())
+            answers = (
+                self._ask(inputs) if self._store is None else self._store.answers(inputs, lambda: self._ask(inputs))
+            )
+            theirs = Seen(answers, self._teacher.take())
         ours = Seen(logits, self._student.take())
         return {name: term.loss(ours, theirs, predicted) for name, term in self.terms.items()}
+
+    def _ask(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self.teacher(**inputs, use_cache=False).logits
+
+    def reserve(self, batches: int, tokens: int) -> None:
+        """Refuse a run whose answers the cache cannot hold: ``batches`` of so many ``tokens``; see `AnswerStore`."""
+        if self._store is not None:
+            self._store.reserve(batches, tokens)
 
     def objective(self, cross_entropy: Tensor, losses: Mapping[str, Tensor]) -> Tensor:
         """What is minimised."""

@@ -35,3 +35,21 @@ def test_a_teacher_with_another_vocabulary_is_refused(tiny, teacher):
         InputError, match=r"another vocabulary than the data \(300 tokens, 280 here\): use the teacher's"
     ):
         run(tiny("distill=logits", f"distill.teacher={teacher}", "data.tokenizer.vocab_size=280"))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_second_run_reads_the_teachers_answers(tiny, teacher, tmp_path):
+    options = [*started_from(teacher), "distill=logits", f"distill.cache.directory={tmp_path / 'answers'}"]
+    options += ["export=packed", "trainer.max_steps=3"]
+    first = run(tiny(*options, "distill.cache.top=16"))
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "answers").rglob("*.safetensors")}
+    assert len(files) == 3
+    second = run(tiny(*options, "distill.cache.top=16", f"output_dir={tmp_path / 'again'}"))
+    assert {path: path.stat().st_mtime_ns for path in files} == files
+    assert [record.nll for record in first] == [record.nll for record in second]
+
+
+def test_a_cache_that_the_run_would_outgrow_is_refused_before_it_begins(tiny, teacher, tmp_path):
+    cache = [f"distill.cache.directory={tmp_path / 'answers'}", "distill.cache.limit=1e5"]
+    with pytest.raises(InputError, match=r"the teacher's answers to 6 batches of 64 tokens need 0.00 GB more"):
+        run(tiny(*started_from(teacher), "distill=logits", *cache))

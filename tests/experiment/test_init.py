@@ -60,6 +60,7 @@ def test_a_twin_starts_from_the_pretrained_weights(tiny, pretrained, monkeypatch
         (["init=mse", "model=hf", "model.path=DIR"], r"init= sets the weights of layers that are quantized"),
         (["init=mse", "model.path=DIR", "quantizer=int4", "quantizer.range=mse"], r"set quantizer.range=minmax"),
         (["init=gptq", "model.path=DIR", "init.damping=3"], r"init.damping must be above 0"),
+        (["init=mse", "model.path=DIR", "activation=a4_rotated"], r"take activation=a4, or init=none"),
         (["init=gptq", "model.path=DIR", "+init.extra=3"], r"unknown key init.extra"),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from toy_models import tiny_gpt2, tiny_llama
 
 from bitnet.errors import InputError
-from bitnet.nn import BitLinear158, bit_linears, convert, freeze
+from bitnet.nn import BitLinear158, LatentLoRA, bit_linears, convert, freeze
 from bitnet.ptq import BiLLM, Compensated, FromMethod, LayerStats, LeastSquares, RoundToNearest, initialise
 from bitnet.quant import LSQ, SEQ, Grid, LearnedScale, absmax, absmean_ternary, centred_sign
 from bitnet.quant.layer_grid import LayerGrid
@@ -218,6 +218,7 @@ def test_whatever_fails_leaves_the_model_as_it_was(text, monkeypatch):
         (lambda model: setattr(bit_linears(model)[3][1], "quantizer", centred_sign), r"layers of different quantizers"),
         (lambda model: setattr(bit_linears(model)[3][1], "activation", partial(absmax)), r"layers of different"),
         (lambda model: freeze(model), r"no BitLinear to initialise"),
+        (lambda model: LatentLoRA(rank=2)(model), r"q_proj has an adapter: initialise first"),
     ],
 )
 def test_a_model_that_it_does_not_fit_is_refused(change, message):
