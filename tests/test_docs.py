@@ -13,6 +13,7 @@ from bitnet.experiment.run import run
 from bitnet.export import export
 from bitnet.models import Size, from_scratch
 from bitnet.nn import convert
+from bitnet.report import RunRecord
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -77,7 +78,12 @@ def finished_run(reader, tmp_path):
     model = from_scratch(body="llama", hidden_act="silu", size=size, vocab_size=258)
     convert(model)
     Path("runs/NAME").mkdir(parents=True)
-    Path("runs/NAME/run.json").write_text("{}")
+    numbers = {"bits_per_weight": 1.6, "nll": 4.0, "perplexity": 54.6, "seconds": 1.0}
+    numbers |= dict.fromkeys(("bytes", "train_tokens", "steps", "seed"), 1)
+    unknown = dict.fromkeys(("bits_per_byte", "tokens_per_s", "git_sha", "git_dirty"))
+    texts = {"method": "bitnet158 frozen", "model": "nano", "command": "python train.py", "started": "2026-01-02"}
+    plain = {name: {} for name in ("data", "config", "versions", "machine")}
+    RunRecord(**numbers, **unknown, **texts, **plain).write("runs/NAME/run.json")
     tokenizer = TokenizerSpec(vocab_size=258).load(lambda: ["some text"], "corpus", tmp_path / "cache")
     export(model, "packed", "runs/NAME/packed", tokenizer=tokenizer)
 

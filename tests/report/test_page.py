@@ -221,6 +221,23 @@ def test_a_family_keeps_its_colour_whatever_else_is_there(quantized):
     assert len({row.look for row in rows([new, quantized(), hqq])}) == 3
 
 
+def test_gaps_are_to_the_original_and_not_to_a_model_that_was_trained_on(quantized, dense, make_record):
+    further = make_record(method="hf", nll=3.7, perplexity=math.exp(3.7), train_tokens=10**6, evaluation=EVALUATION)
+    original = dataclasses.replace(dense, train_tokens=0)
+    alone = trained(quantized, gap=None, nll=4.0, perplexity=math.exp(4.0))
+    assert rows([further, original, alone])[2].gap == pytest.approx(0.2)
+    # Measured gaps decide, whatever was trained.
+    measured = quantized(gap=0.5, nll=4.2, perplexity=math.exp(4.2))
+    assert rows([original, further, alone, measured])[2].gap == pytest.approx(0.3)
+
+
+def test_gaps_are_to_the_twin_of_the_run_s_own_folder(tmp_path, quantized, dense):
+    alone = trained(quantized, gap=None, nll=4.0, perplexity=math.exp(4.0))
+    twin = dataclasses.replace(dense, nll=3.9)
+    runs = [Run(dense, tmp_path / "x" / "run.json"), Run(twin, tmp_path / "y" / "dense" / "run.json")]
+    assert rows_of([*runs, Run(alone, tmp_path / "y" / "run.json")])[2].gap == pytest.approx(0.1)
+
+
 # The headline
 
 

@@ -207,11 +207,11 @@ function qualitySpec(rows, published, view, only) {
   const points = rows.filter((row) => row.kind !== "dense" && row[height] != null).map((row) => shown(row, only));
   if (!points.length) return null;
   const dense = rows.filter((row) => row.kind === "dense" && row.perplexity != null).map((row) => shown(row));
-  const lines = height === "gap" ? dense.filter((row) => !anchor || row.id === anchor.id).slice(0, 1).map((row) => ({ ...row, gap: 0 })) : dense;
+  const lines = height !== "gap" ? dense : anchor ? dense.map((row) => ({ ...row, gap: row.nll - anchor.nll })) : dense.slice(0, 1).map((row) => ({ ...row, gap: 0 }));
   const front = frontOf(points, height), narrow = CHARTS.narrow();
   const x = bitsAxis([...points, ...published].map((row) => row.bits), "bits per quantized weight, every stored bit counted");
   const y = heightAxis(rows, anchor, view, [...points, ...lines, ...published].map((row) => row[height]));
-  const several = new Set(dense.map((row) => row.model)).size > 1;
+  const several = dense.length > 1;
   const words = (row) => height === "gap" && !anchor ? "full precision" : `${several ? row.label : "full precision"}, perplexity ${row.perplexity.toFixed(2)}`;
   const layers = [
     ...denseLayers(lines, height, words, x.scale.domain),

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from bitnet.report.page.collect import PLACES, Run
@@ -15,8 +16,8 @@ from bitnet.report.tables import gap_of, is_full_precision
 
 DENSE, PTQ, QAT = "dense", "PTQ", "QAT"
 NONE = "null"
-WORDS = 3  # settings in a name; what they do not tell apart gets a number
-IGNORED = (*PLACES, "method", "export", "logger", "callbacks", "evaluation")
+WORDS = 4  # settings in a name; what they do not tell apart gets a number
+IGNORED = (*PLACES, "method", "export", "logger", "callbacks", "evaluation", "calibration")
 # Methods that keep their colour from one report to the next; the others get those that are left over.
 PREFERRED = {"GPTQ": 0, "bitnet158": 1, "KQuant": 2, "BiLLM": 3, "HQQ": 4, "RoundToNearest": 5}
 COLOURS = 7
@@ -65,10 +66,29 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     names = labels([run.record for run in runs])
     families = [family_of(run.record) for run in runs]
     looks = _looks(families)
-    full = [run.record for run in runs if is_full_precision(run.record)]
+    full = _originals(runs)
+    twins = {run.path: run.record for run in runs if is_full_precision(run.record)}
     return [
-        _row(index, run, names[index], families[index], looks[families[index]], full) for index, run in enumerate(runs)
+        _row(index, run, names[index], families[index], looks[families[index]], [*_own_twin(run, twins), *full])
+        for index, run in enumerate(runs)
     ]
+
+
+def _originals(runs: Sequence[Run]) -> list[RunRecord]:
+    """The full-precision records, those that measured gaps are to first, then those that were trained least.
+
+    A model that was trained on in full precision stands beside its original under one name: gaps that are computed
+    here must be to the same one as those that were measured.
+    """
+    measured = [run.record for run in runs if run.record.gap is not None and run.record.nll is not None]
+    losses = {round(record.nll - record.gap, 9) for record in measured if record.nll and record.gap is not None}
+    full = [run.record for run in runs if is_full_precision(run.record)]
+    return sorted(full, key=lambda each: (each.nll is None or round(each.nll, 9) not in losses, each.train_tokens))
+
+
+def _own_twin(run: Run, twins: Mapping[Path, RunRecord]) -> list[RunRecord]:
+    twin = None if run.folder is None else twins.get(run.folder / "dense" / run.path.name)
+    return [] if twin is None else [twin]
 
 
 def kind_of(record: RunRecord) -> str:
@@ -152,7 +172,10 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict):
         for key, each in value.items():
-            yield from _flat(each, f"{path}.{key}" if path else str(key))
+            if key == "_target_":  # said as distill=Distillation
+                yield path, str(each).rpartition(".")[2]
+            else:
+                yield from _flat(each, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
 
