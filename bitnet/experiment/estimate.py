@@ -20,7 +20,7 @@ from bitnet.ptq import PTQMethod, Statistic
 from bitnet.ptq.blocks import find_blocks, linears_of
 
 NOT_CODES = {"dequantized", "auto"}  # options of formats that hold values where there are codes, or choose themselves
-BYTES_OF_LIBRARIES = 900_000_000  # resident in a run of this package before it has a model (docs/lab-notes.md)
+BYTES_OF_LIBRARIES = 600_000_000  # resident in a run of this package before it has a model (docs/lab-notes.md)
 BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
 
 

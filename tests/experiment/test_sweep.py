@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import subprocess
@@ -6,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from made_records import record
+from omegaconf import OmegaConf
 
-from bitnet.experiment.sweep import compare_runs
+from bitnet.experiment.sweep import compare_runs, limit_parallel_jobs
 from bitnet.report import RunRecord
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +103,54 @@ def test_a_damaged_record_leaves_the_other_rows(tmp_path, capsys):
     compare_runs(tmp_path)
     assert methods(tmp_path) == ["rtn"]
     assert "1/run/run.json is no run record" in capsys.readouterr().out
+
+
+def launcher(name: str, jobs: int = -1):
+    target = f"hydra_plugins.hydra_joblib_launcher.joblib_launcher.{name}"
+    config = OmegaConf.create({"hydra": {"launcher": {"_target_": target, "n_jobs": jobs}}})
+    OmegaConf.set_readonly(config, True)  # as Hydra hands it over
+    return config
+
+
+@pytest.mark.parametrize(
+    ("free", "cores", "jobs"),
+    [(10e9, 8, 5), (10e9, 4, 4), (1e9, 4, 1)],  # memory decides, processors decide, one in any case
+)
+def test_joblib_runs_as_many_jobs_as_memory_and_processors_hold(monkeypatch, capsys, free, cores, jobs):
+    monkeypatch.setattr("bitnet.experiment.estimate.memory_of_a_run", lambda config: 1.9e9)
+    monkeypatch.setattr("bitnet.experiment.sweep._free_memory", lambda: free)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    config = launcher("JoblibLauncher")
+    limit_parallel_jobs(config)
+    assert config.hydra.launcher.n_jobs == jobs
+    assert f"{jobs} jobs at once: about 1.9 GB each of {free / 1e9:.1f} GB free" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", [launcher("JoblibLauncher", 3), launcher("BasicLauncher")])
+def test_a_number_of_jobs_that_is_given_stays(monkeypatch, config):
+    monkeypatch.setattr("bitnet.experiment.estimate.memory_of_a_run", lambda config: pytest.fail("not to be asked"))
+    before = config.hydra.launcher.n_jobs
+    limit_parallel_jobs(config)
+    assert config.hydra.launcher.n_jobs == before
+
+
+def test_a_model_trained_on_is_measured_against_the_best_dense_one_of_as_many_tokens(tmp_path):
+    for number, (name, nll, tokens) in enumerate([("hf", 3.0, 0), ("dense", 3.2, 500), ("dense", 3.1, 500)]):
+        job(tmp_path, number, ["+experiment=dense", f"optim.lr={number}"], run=record(name, nll, train_tokens=tokens))
+    quantized = record("q frozen", 3.5, bits_per_weight=2.0, train_tokens=500)
+    job(tmp_path, 3, ["+experiment=q", "optim.lr=1"], run=quantized)
+    job(tmp_path, 4, ["+experiment=q", "optim.lr=2"], run=dataclasses.replace(quantized, nll=3.4, gap=0.7))
+    compare_runs(tmp_path)
+    assert methods(tmp_path)[1:3] == ["dense optim.lr=1", "dense optim.lr=2 (best)"]
+    assert methods(tmp_path)[3:] == ["q frozen optim.lr=1", "q frozen optim.lr=2 (best)"]
+    assert column(tmp_path, "gap")[3:] == ["+0.4000", "+0.7000"]  # one that was measured stays
+
+
+def test_cells_that_never_ended_are_listed(tmp_path, capsys):
+    job(tmp_path, 1, ["ptq=b"], run=record("b", 3.5, bits_per_weight=4.0))
+    (tmp_path / "cells.json").write_text(json.dumps({"0": ["ptq=a"], "1": ["ptq=b"]}))
+    compare_runs(tmp_path)
+    assert "not finished: 0: the same command goes on" in capsys.readouterr().out
 
 
 def test_importing_the_callback_loads_nothing_heavy():

@@ -78,7 +78,7 @@ def sweep(tmp_path, corpus):
             env={**os.environ, "BITNET_CACHE": str(tmp_path / "cache"), "COLUMNS": "160", **environment},
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=1200,
         )
 
     return run
