@@ -11,6 +11,7 @@ from bitnet.nn.convert import refuse_shared_weights
 from bitnet.ptq.blocks import linears_of
 from bitnet.ptq.protocol import PTQMethod
 from bitnet.ptq.statistics import Activation, in_parallel
+from bitnet.quant import Rotated, RotatedInputs
 
 
 def refuse_tied(model: nn.Module, name: str, option: str) -> None:
@@ -31,6 +32,11 @@ def one_activation(method: PTQMethod, activation: Activation) -> Activation:
     """
     if isinstance(method, type):
         raise InputError(f"method must be made first: {method.__name__}(), not {method.__name__}")
+    if isinstance(activation, Rotated | RotatedInputs):
+        raise InputError(
+            "inputs are turned together with the weights, when a model is converted for training: choose "
+            "model=bitnet158 with activation=a4_rotated, or activation=a4 here"
+        )
     own = getattr(method, "activation", None)
     if own is not None and activation is not None:
         raise InputError(

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 
 from bitnet.errors import InputError
 from bitnet.nn import BitLinear, bit_linears
-from bitnet.quant.types import QTensor
+from bitnet.quant.types import QTensor, Quantizer
 
 HEALTHY = {
     "zeros": (0.05, 0.9),
@@ -148,10 +148,15 @@ def _edges(trainer: Trainer, module: LightningModule, batch: Any) -> Figures:
     shares: Figures = {}
     inputs = {key: batch[key][:1] for key in ("input_ids", "position_ids") if key in batch}
 
-    def count(name: str) -> Callable[[BitLinear, tuple[Tensor, ...]], None]:
-        return lambda layer, args: shares.update({name: _edge_share(layer.activation(args[0]))})
+    def count(name: str, quantizer: Quantizer) -> Callable[[BitLinear, tuple[Tensor, ...]], None]:
+        return lambda layer, args: shares.update({name: _edge_share(quantizer(args[0]))})
 
-    hooks = [layer.register_forward_pre_hook(count(name)) for name, layer in _layers(module)]
+    quantizers = {name: layer.present_activation for name, layer in _layers(module)}  # None: inputs have no edges
+    hooks = [
+        layer.register_forward_pre_hook(count(name, quantizer))
+        for name, layer in _layers(module)
+        if (quantizer := quantizers[name]) is not None
+    ]
     try:
         with _evaluating(module), trainer.precision_plugin.forward_context():
             module.model.forward(**inputs, use_cache=False)  # pyright: ignore

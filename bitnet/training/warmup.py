@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from lightning import Callback, LightningModule, Trainer
 
 from bitnet.errors import InputError
-from bitnet.nn import BitLinear, bit_linears
+from bitnet.nn import bit_linears
 
 STEEPNESS = 6.0  # of the sigmoid: before scaling it runs from 1/(1+e^6) = 0.0025 to 0.9975
 
@@ -57,6 +57,8 @@ class WarmUp:
         weight: where that of the weights begins to rise and where it reaches 1: below 1 a share of the run, from 1 on a
             number of steps. [0, 0] quantizes from the first step on.
         input: the same for the inputs. Later than ``weight`` makes stages: dense, then W1.58, then W1.58A8.
+        narrow: when inputs that end in fewer than 8 bits go down to them, in one step, as in BitNet a4.8 (arXiv:
+            2411.04965, at 0.95 of its tokens); until then they have 8. None: they have theirs from the beginning.
 
     Raises:
         InputError: an unknown shape, or no two ends in order.
@@ -65,6 +67,7 @@ class WarmUp:
     shape: str = "linear"
     weight: Sequence[float | int] = (0, 0.2)
     input: Sequence[float | int] = (0, 0.2)
+    narrow: float | int | None = None
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -75,9 +78,14 @@ class WarmUp:
                     f"warmup.{name} must be where it begins and where it ends, each a share of the run below 1 or a "
                     f"whole number of steps, got {list(ends)}"
                 )
+        if self.narrow is not None and not (_is_time(self.narrow) and self.narrow > 0):
+            raise InputError(
+                "warmup.narrow must be when the inputs go from 8 bits to fewer, a share of the run below 1 or a whole "
+                f"number of steps, or null, got {self.narrow!r}"
+            )
 
     def check(self, total_steps: int) -> None:
-        """Raise InputError unless both shares have come to 1 by the last of ``total_steps`` steps, in order."""
+        """Raise InputError unless all has come to its end by the last of ``total_steps`` steps, in order."""
         for name, ends in (("weight", self.weight), ("input", self.input)):
             begin, end = (_steps(each, total_steps) for each in ends)
             if begin > end:
@@ -87,10 +95,22 @@ class WarmUp:
                     f"the warm-up of the quantization must end before the last of the run's {total_steps} steps, and "
                     f"warmup.{name} ends at step {end}: give shares of the run such as [0, 0.2], or train longer"
                 )
+        if self.narrow is None:
+            return
+        step, quantized = _steps(self.narrow, total_steps), _steps(self.input[1], total_steps)
+        if not max(quantized, 1) <= step < total_steps:
+            raise InputError(
+                f"warmup.narrow must come when the inputs are quantized (warmup.input ends at step {quantized}) and "
+                f"before the last of the run's {total_steps} steps, got step {step}"
+            )
 
     def __call__(self, step: int, total_steps: int) -> Shares:
         """The shares that step ``step`` runs with: the number of steps completed before it, 0 for the first."""
         return Shares(self._share(self.weight, step, total_steps), self._share(self.input, step, total_steps))
+
+    def eight_bits(self, step: int, total_steps: int) -> bool:
+        """Whether step ``step`` quantizes the inputs to 8 bits, and later ones to fewer."""
+        return self.narrow is not None and step < _steps(self.narrow, total_steps)
 
     def _share(self, ends: Sequence[float | int], step: int, total_steps: int) -> float:
         begin, end = (_steps(each, total_steps) for each in ends)
@@ -103,29 +123,32 @@ class QuantizationWarmup(Callback):
     """Set the shares of every `BitLinear` of the model before each step and each validation.
 
     A validation is of the model as it is at its step: during the warm-up of one that is quantized in part. Logs
-    ``train/quantized_weight`` and ``train/quantized_input``.
+    ``train/quantized_weight`` and ``train/quantized_input``, and with ``narrow`` ``train/eight_bit_inputs``, 1 or 0.
 
     Args:
         warmup: the shares at a step.
         total_steps: optimizer steps of the whole run.
 
     Raises:
-        InputError: a warm-up that is longer than the run (at once), or a model without a `BitLinear` (when it begins).
+        InputError: a warm-up that is longer than the run (at once), or a model without a `BitLinear`, or whose inputs
+            do not end in fewer than 8 bits where they should (when it begins).
     """
 
     def __init__(self, warmup: WarmUp, total_steps: int) -> None:
         warmup.check(total_steps)
         self._warmup, self._total_steps = warmup, total_steps
-        self._shares: Shares | None = None
+        self._stage: tuple[Shares, bool] | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not bit_linears(pl_module):
             raise InputError("a warm-up of the quantization needs a quantized model, and this one has no BitLinear")
-        self._shares = None
+        self._stage = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        shares = self._set(trainer, pl_module)
+        shares, eight_bits = self._set(trainer, pl_module)
         figures = {"train/quantized_weight": shares.weight, "train/quantized_input": shares.input}
+        if self._warmup.narrow is not None:
+            figures["train/eight_bit_inputs"] = float(eight_bits)
         pl_module.log_dict(figures)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,18 +158,19 @@ class QuantizationWarmup(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._set(trainer, pl_module)
 
-    def _set(self, trainer: Trainer, module: LightningModule) -> Shares:
-        shares = self._warmup(trainer.global_step, self._total_steps)
-        if shares != self._shares:
+    def _set(self, trainer: Trainer, module: LightningModule) -> tuple[Shares, bool]:
+        step = trainer.global_step
+        stage = self._warmup(step, self._total_steps), self._warmup.eight_bits(step, self._total_steps)
+        if stage != self._stage:
             for _, layer in bit_linears(module):
-                layer.blend(*shares)
-            self._shares = shares
-        return shares
+                layer.blend(*stage[0], eight_bits=stage[1])
+            self._stage = stage
+        return stage
 
 
 def warming_up(module: LightningModule) -> bool:
-    """Whether a layer is quantized in part."""
-    return any(isinstance(layer, BitLinear) and layer.blending is not None for layer in module.modules())
+    """Whether a layer is quantized in part, or its inputs have more bits than in the end."""
+    return any(layer.warming_up for _, layer in bit_linears(module))
 
 
 def _is_time(end: Any) -> bool:

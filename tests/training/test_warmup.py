@@ -11,6 +11,7 @@ from toy_training import ToyData, ToyLanguageModel, toy_module, toy_trainer
 
 from bitnet.errors import InputError
 from bitnet.nn import bit_linears, freeze
+from bitnet.quant import Rotated
 from bitnet.training import LastAndBest, QuantizationWarmup, WarmUp
 from bitnet.training.warmup import SHAPES
 
@@ -65,6 +66,10 @@ def test_a_warm_up_without_length_is_a_switch():
         (lambda: WarmUp(weight=[0.5, 0.2]).check(100), "must end after it begins, got steps 50 to 20"),
         (lambda: WarmUp(weight=[0, 1000]).check(1000), "before the last of the run's 1000 steps.*ends at step 1000"),
         (lambda: QuantizationWarmup(WarmUp(input=[0, 12]), 12), "warmup.input ends at step 12"),
+        (lambda: WarmUp(narrow=0), "warmup.narrow must be when the inputs go from 8 bits to fewer.* got 0"),
+        (lambda: WarmUp(narrow=1.5), "warmup.narrow must be .* got 1.5"),
+        (lambda: WarmUp(input=[0, 50], narrow=40).check(100), "warmup.input ends at step 50.* got step 40"),
+        (lambda: WarmUp(narrow=100).check(100), "before the last of the run's 100 steps, got step 100"),
     ],
 )
 def test_a_warm_up_that_cannot_be_is_refused(make, said):
@@ -78,9 +83,18 @@ def test_a_warm_up_may_end_with_the_last_step_quantized():
     assert warmup(99, 100) == (1, 1)
 
 
-def _run(root, *, until=STEPS, resume=None, extra=(), warmup=None):
+def test_inputs_have_8_bits_until_they_are_narrowed_in_one_step():
+    warmup = WarmUp(narrow=0.75)
+    warmup.check(12)
+    assert [warmup.eight_bits(step, 12) for step in range(12)] == [True] * 9 + [False] * 3
+    assert not WarmUp().eight_bits(0, 12)
+
+
+def _run(root, *, until=STEPS, resume=None, extra=(), warmup=None, activation=None):
     torch.manual_seed(3)
     module = toy_module(STEPS, model=ToyLanguageModel(dropout=0.2))
+    for _, layer in bit_linears(module.model):
+        layer.activation = activation or layer.activation
     warmup = QuantizationWarmup(warmup or WarmUp(weight=[0, 6], input=[2, 8]), STEPS)
     trainer = toy_trainer(
         root,
@@ -105,6 +119,38 @@ def test_a_run_resumed_in_its_warm_up_ends_in_the_same_bits(tmp_path, stop):
     _, resumed = _run(tmp_path / "stopped", resume=tmp_path / "stopped/checkpoints/last.ckpt")
     for (name, weight), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(weight, other), name
+
+
+STAGES = WarmUp(weight=[0, 2], input=[1, 3], narrow=8)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 8, 9])  # in the warm-up, with 8 bits, at their end, after it
+def test_a_run_resumed_before_its_inputs_are_narrowed_ends_in_the_same_bits(tmp_path, stop):
+    options = {"warmup": STAGES, "activation": Rotated()}
+    _, straight = _run(tmp_path / "straight", **options)
+    _run(tmp_path / "stopped", until=stop, **options)
+    _, resumed = _run(tmp_path / "stopped", resume=tmp_path / "stopped/checkpoints/last.ckpt", **options)
+    for (name, weight), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+def test_a_run_stopped_with_8_bit_inputs_is_not_frozen_and_has_no_best_checkpoint(tmp_path):
+    _, module = _run(tmp_path, until=7, warmup=STAGES, activation=Rotated())
+    assert all(layer.present_activation == Rotated(8) for _, layer in bit_linears(module))
+    assert not (tmp_path / "checkpoints/best.ckpt").exists()
+    with pytest.raises(InputError, match="still being warmed up"):
+        freeze(module.model)
+    _, module = _run(tmp_path / "whole", warmup=STAGES, activation=Rotated())
+    assert all(layer.present_activation == Rotated() for _, layer in bit_linears(module))
+    freeze(module.model)
+    rows = csv.DictReader(next((tmp_path / "whole").rglob("metrics.csv")).read_text().splitlines())
+    found = [float(row["train/eight_bit_inputs"]) for row in rows if row.get("train/eight_bit_inputs")]
+    assert found == [1.0] * 8 + [0.0] * 4
+
+
+def test_inputs_that_end_in_8_bits_cannot_be_narrowed(tmp_path):
+    with pytest.raises(InputError, match="only where they end in fewer"):
+        _run(tmp_path, warmup=STAGES)
 
 
 def test_after_the_warm_up_the_model_freezes_to_the_same_bits(tmp_path):
