@@ -59,6 +59,8 @@ class WarmUp:
         input: the same for the inputs. Later than ``weight`` makes stages: dense, then W1.58, then W1.58A8.
         narrow: when inputs that end in fewer than 8 bits go down to them, in one step, as in BitNet a4.8 (arXiv:
             2411.04965, at 0.95 of its tokens); until then they have 8. None: they have theirs from the beginning.
+        reset_optimizer: whether the optimizer begins anew (moments and their step count) with the first step that
+            quantizes everything as in the end: what it gathered before is of another loss.
 
     Raises:
         InputError: an unknown shape, or no two ends in order.
@@ -68,6 +70,7 @@ class WarmUp:
     weight: Sequence[float | int] = (0, 0.2)
     input: Sequence[float | int] = (0, 0.2)
     narrow: float | int | None = None
+    reset_optimizer: bool = False
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPES:
@@ -112,6 +115,10 @@ class WarmUp:
         """Whether step ``step`` quantizes the inputs to 8 bits, and later ones to fewer."""
         return self.narrow is not None and step < _steps(self.narrow, total_steps)
 
+    def complete_at(self, total_steps: int) -> int:
+        """The first step that quantizes everything as in the end."""
+        return max(_steps(end, total_steps) for end in (self.weight[1], self.input[1], self.narrow or 0))
+
     def _share(self, ends: Sequence[float | int], step: int, total_steps: int) -> float:
         begin, end = (_steps(each, total_steps) for each in ends)
         if step >= end:
@@ -146,6 +153,9 @@ class QuantizationWarmup(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         shares, eight_bits = self._set(trainer, pl_module)
+        if self._warmup.reset_optimizer and trainer.global_step == self._warmup.complete_at(self._total_steps):
+            for optimizer in trainer.optimizers:  # at every batch of that step: nothing is gathered between them
+                optimizer.state.clear()
         figures = {"train/quantized_weight": shares.weight, "train/quantized_input": shares.input}
         if self._warmup.narrow is not None:
             figures["train/eight_bit_inputs"] = float(eight_bits)

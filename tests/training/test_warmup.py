@@ -191,3 +191,27 @@ def test_a_model_with_nothing_quantized_has_nothing_to_warm_up(tmp_path):
     warmup = QuantizationWarmup(WarmUp(weight=[0, 6], input=[0, 6]), STEPS)
     with pytest.raises(InputError, match="no BitLinear"):
         toy_trainer(tmp_path, STEPS, [warmup]).fit(module, datamodule=ToyData(100))
+
+
+def test_an_optimizer_that_begins_anew_has_seen_the_quantized_steps_alone(tmp_path):
+    kept, _ = _run(tmp_path / "kept")
+    anew, _ = _run(tmp_path / "anew", warmup=ANEW)
+    assert _counted(kept) == {STEPS}
+    assert _counted(anew) == {STEPS - 8}
+
+
+@pytest.mark.parametrize("stop", [7, 8, 9])  # before it begins anew, at that step, after it
+def test_a_run_resumed_around_a_new_beginning_of_the_optimizer_ends_in_the_same_bits(tmp_path, stop):
+    _, straight = _run(tmp_path / "straight", warmup=ANEW)
+    _run(tmp_path / "stopped", until=stop, warmup=ANEW)
+    _, resumed = _run(tmp_path / "stopped", resume=tmp_path / "stopped/checkpoints/last.ckpt", warmup=ANEW)
+    for (name, weight), other in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(weight, other), name
+
+
+ANEW = WarmUp(weight=[0, 6], input=[2, 8], reset_optimizer=True)
+
+
+def _counted(trainer):
+    """How many steps the moments of each parameter have seen."""
+    return {int(state["step"]) for state in trainer.optimizers[0].state.values()}
