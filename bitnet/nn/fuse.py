@@ -14,7 +14,7 @@ from bitnet.nn.packed_linear import PackedLinear
 from bitnet.nn.quantized_linear import result_dtype
 from bitnet.ops import packed_linear
 from bitnet.ops.cpu import cpu_linear
-from bitnet.ops.decoder import Matrix
+from bitnet.ops.native import Matrix
 from bitnet.quant.packed import PackedTensor
 
 BYTES = "weight_packed"  # the buffer that holds them
@@ -78,7 +78,7 @@ def _one_storage(layers: Sequence[nn.Module]) -> Tensor:
     """The bytes of all layers, [sum of out, bytes]; afterwards each layer holds its rows of it."""
     parts = [getattr(layer, BYTES) for layer in layers]
     rows, width = sum(each.shape[0] for each in parts), parts[0].shape[1]
-    if _adjacent(parts):
+    if _adjacent(parts) and not parts[0].is_inference():  # whose changes nobody counts: a kernel could not keep them
         return parts[0].as_strided((rows, width), (width, 1))
     whole = torch.cat(parts)
     for layer, part in zip(layers, whole.split([each.shape[0] for each in parts]), strict=True):

@@ -1,8 +1,10 @@
 """Layers that read one input, run as one: the same bits, the same bytes."""
 
+import io
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -96,6 +98,16 @@ def test_the_state_of_a_fused_model_is_what_it_was():
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_each_layer_is_saved_as_its_own_bytes_alone():
+    parts = layers(columns=4000)
+    fused(parts)
+    for part in parts:
+        file = io.BytesIO()
+        torch.save(part.state_dict(), file)
+        assert file.tell() < part.weight.packed.numel() + 4000
+    safetensors.torch.save(nn.ModuleList(parts).state_dict())  # which refuses tensors that share memory
+
+
 def others() -> dict[str, list[nn.Module]]:
     plain = layers()
     mixed = [*layers(layout="i2")[:1], *layers(layout="t5")[1:]]
@@ -122,3 +134,14 @@ def test_one_layer_alone_is_called_as_it_is():
     assert fused([layer]) is layer
     (packed, *_), x = layers(), torch.randn(4, 37)
     assert torch.equal(fused([packed])(x), packed(x))
+
+
+def test_bytes_that_inference_mode_made_move_to_memory_whose_changes_are_counted():
+    [layer, *_] = layers()
+    x = torch.randn(3, 37)
+    expected = layer(x)
+    with torch.inference_mode():
+        layer.weight_packed = layer.weight_packed.clone()
+    call = fused([layer])
+    assert not layer.weight_packed.is_inference()
+    assert torch.equal(call(x), expected)
