@@ -83,7 +83,7 @@ function hover(row) {
 function shown(row, only) { return { ...row, familyName: familyName(row), off: only != null && only !== familyName(row), hover: hover(row) }; }
 
 const FIT = { width: "container", autosize: { type: "fit-x", contains: "padding" } };
-const TIP = { signal: "datum.hover" };
+const TIP = { value: { expr: "datum.hover" } };
 
 // Rounded places on an axis: few, and readable over less than a decade too.
 function ticks(low, high, most = 7) {
