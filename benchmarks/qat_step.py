@@ -14,6 +14,7 @@ in a forked process of its own (Linux); beside it stand the bytes of the optimiz
 """
 
 import argparse
+import ctypes
 import os
 import statistics
 import time
@@ -33,6 +34,7 @@ from bitnet.quant import LSQ, Grid
 from bitnet.training import Distillation, LogitKL, adafactor, adamw, adamw8bit
 
 MEGA = 1e6
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,8 @@ def memory(variant: Variant, arguments: argparse.Namespace) -> tuple[float, floa
     child = os.fork()
     if child == 0:
         try:
+            libc = ctypes.CDLL(None)
+            libc.mallopt(M_MMAP_THRESHOLD, 1 << 16)  # what is freed goes back at once: tensors are weighed, not gaps
             before = status("VmRSS")
             training = Training(variant, arguments)
             training.step()

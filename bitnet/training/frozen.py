@@ -28,7 +28,7 @@ def fingerprint(weights: Mapping[str, Tensor]) -> int:
     """CRC-32 of all bytes, in the order of the names."""
     crc = 0
     for name in sorted(weights):
-        crc = zlib.crc32(weights[name].cpu().contiguous().view(torch.uint8).numpy(), crc)
+        crc = zlib.crc32(weights[name].cpu().contiguous().view(torch.uint8).numpy().data, crc)
     return crc
 
 
