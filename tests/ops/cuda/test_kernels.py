@@ -102,6 +102,21 @@ def test_the_largest_sums_are_exact(emulator, tokens, sign):
     assert equal(answer(emulator, x, weight), expected(x, weight))
 
 
+@pytest.mark.parametrize("kernel", list(MULTIPLICATIONS))
+def test_65536_columns_of_the_largest_codes_are_exact_for_one_output_in_every_kernel(emulator, kernel):
+    x, ones = torch.full((1, 65536), -127.0), torch.ones(1, 65536, dtype=torch.int8)
+    weight = QTensor(ones, torch.full((1, 1), 1.0), levels=3)
+    assert answer(emulator, x, weight, kernel=kernel).item() == -127 * 65536
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_a_weight_of_zeros_and_inputs_of_zeros_give_zeros_and_the_bias(emulator, tokens):
+    x, bias = torch.randn(tokens, 200), torch.randn(40)
+    zeros = QTensor(torch.zeros(40, 200, dtype=torch.int8), torch.full((1, 1), 0.1), levels=3)
+    assert torch.equal(answer(emulator, x, zeros, bias), bias.expand(tokens, -1))
+    assert torch.equal(answer(emulator, x * 0, ternary(40, 200), bias), bias.expand(tokens, -1))
+
+
 def test_values_that_float16_cannot_hold_become_infinite_as_in_torch(emulator):
     x = (torch.randn(5, 100) * 6e4).to(torch.float16).nan_to_num(posinf=6e4, neginf=-6e4)
     weight = ternary(40, 100, per_row=True)

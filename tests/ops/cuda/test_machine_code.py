@@ -66,7 +66,7 @@ def test_the_kernels_for_few_tokens_read_wide_and_waste_no_instruction(kernels, 
 @pytest.mark.parametrize("tokens", [8, 16, 32])
 def test_the_kernels_for_a_few_tokens_more_multiply_on_tensor_cores(kernels, tokens):
     kernel = kernels[f"multiply_{tokens}"]
-    assert kernel.registers <= 80
+    assert kernel.registers <= {8: 64, 16: 64, 32: 80}[tokens]
     assert set(kernel.loads) == {128}
     weights = 16 * kernel.loop["IMMA"] * 8 / tokens  # mma takes 512 weights for 32 lanes, again for every 8 tokens
     assert kernel.loop["IMMA"] > 0
