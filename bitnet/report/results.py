@@ -20,13 +20,13 @@ import re
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from bitnet.nn import BitLinear, PackedLinear, QuantizedLinear
-from bitnet.quant import QTensor
+from bitnet.quant import PackedTensor, QTensor
 from bitnet.report.record import RunRecord
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def log_histograms(loggers: "Sequence[Logger]", model: nn.Module, step: int) -> 
         if _is_wandb(logger):
             import wandb
 
-            made = {name: wandb.Histogram(np_histogram=histogram) for name, histogram in found.items()}
+            made = {name: wandb.Histogram(np_histogram=cast(Any, each)) for name, each in found.items()}
             logger.experiment.log({**made, "trainer/global_step": step})  # pyright: ignore
         else:
             for name, (counts, edges) in found.items():
@@ -114,7 +114,7 @@ def _histograms(model: nn.Module) -> Iterator[tuple[str, Histogram]]:
         weight = layer.weight.detach() if isinstance(layer, BitLinear) else None
         quantized = layer.quantized_weight() if isinstance(layer, BitLinear) else None
         if isinstance(layer, PackedLinear):
-            quantized = layer.weight.unpack()
+            quantized = cast(PackedTensor, layer.weight).unpack()
         elif isinstance(layer, QuantizedLinear):
             quantized = layer.weight
         if isinstance(quantized, QTensor):

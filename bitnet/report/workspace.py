@@ -156,13 +156,14 @@ def create(entity: str, project: str, *, report: bool = True) -> list[tuple[str,
     """
     refuse_without_account()
     import wandb
+    from wandb.errors import Error
 
     try:
         wandb.Api(timeout=30).viewer  # noqa: B018  # a key that is not valid shows here, in W&B's own words
         saved = [("workspace", workspace(entity, project).save().url)]
         if report:
             saved.append(("report", build_report(entity, project).save().url))
-    except (wandb.errors.Error, ValueError, OSError) as error:  # HTTP errors are OSErrors
+    except (Error, ValueError, OSError) as error:  # HTTP errors are OSErrors
         raise InputError(
             f"W&B did not take the dashboard for {entity}/{project}: {error}. Check the names, and that the key may "
             "write there"
@@ -250,7 +251,7 @@ def _panel(panel: Panel, layout: Any) -> Any:
 
     match panel.kind:
         case "line":
-            chosen = {"metric_regex": panel.pattern} if panel.pattern else {"y": list(panel.y)}
+            chosen: dict[str, Any] = {"metric_regex": panel.pattern} if panel.pattern else {"y": list(panel.y)}
             return reports.LinePlot(title=panel.title, x=panel.x, log_y=panel.log, layout=layout, **chosen)
         case "scatter":
             x, y = reports.SummaryMetric(panel.x), reports.SummaryMetric(panel.y[0])
