@@ -159,6 +159,13 @@ def test_runs_that_did_not_end_and_jobs_that_failed_are_told(tmp_path, quantized
     assert "2/job.json" in notes
 
 
+def test_the_command_of_a_sweep_s_job_is_its_own(tmp_path, quantized):
+    path = quantized(command="python train.py -m ptq=gptq,hqq").write(tmp_path / "0" / "run" / "run.json")
+    assert Run(quantized(command="alone"), path).command == "alone"
+    (tmp_path / "0" / "job.json").write_text(json.dumps({"overrides": ["ptq=gptq", "data.path=a b"], "error": None}))
+    assert Run(quantized(), path).command == "python train.py ptq=gptq 'data.path=a b'"
+
+
 # What may share an axis
 
 
@@ -219,6 +226,8 @@ def test_a_family_keeps_its_colour_whatever_else_is_there(quantized):
     new = quantized(method="new", config={"ptq": {"_target_": "bitnet.ptq.New"}})
     assert rows([hqq])[0].look == rows([new, quantized(), hqq])[2].look
     assert len({row.look for row in rows([new, quantized(), hqq])}) == 3
+    others = [quantized(method=f"m{number}", config={"ptq": {"_target_": f"M{number}"}}) for number in range(20)]
+    assert len({row.look for row in rows([*others, hqq])}) == 21
 
 
 def test_gaps_are_to_the_original_and_not_to_a_model_that_was_trained_on(quantized, dense, make_record):
@@ -300,7 +309,10 @@ def test_headlines_without_training_or_without_anything_quantized(quantized, den
 
 
 def test_key_figures_are_the_best_of_each_size(quantized, dense):
-    found = figures(rows([dense, quantized(bits=2.0, gap=0.3), quantized(bits=1.9, gap=0.2), quantized(bits=2.1)]))
+    further = dataclasses.replace(dense, method="hf", nll=3.7, perplexity=40.0)  # gaps are not to this one
+    found = figures(
+        rows([dense, further, quantized(bits=2.0, gap=0.3), quantized(bits=1.9, gap=0.2), quantized(bits=2.1)])
+    )
     assert [(each.name, each.value) for each in found] == [
         ("Full precision", "44.70"),
         ("Best in 2 bits or less", "+0.200 nats"),

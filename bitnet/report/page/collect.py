@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,18 @@ class Run:
     def folder(self) -> Path | None:
         """The run's folder, or None where the file is of the original that a run was compared with."""
         return self.path.parent if self.path.name == RECORD else None
+
+    @property
+    def command(self) -> str:
+        """What makes this record again: of a sweep's job its own settings, not the command of the whole sweep."""
+        for folder in self.path.parents[1:3]:  # JOB/run/run.json, JOB/run/dense/run.json
+            try:
+                overrides = json.loads((folder / JOB).read_text(encoding="utf-8"))["overrides"]
+            except (OSError, ValueError, LookupError, TypeError):  # no job, or one that is told of elsewhere
+                continue
+            if isinstance(overrides, list):
+                return shlex.join(["python", "train.py", *map(str, overrides)])
+        return self.record.command
 
 
 @dataclass(slots=True)

@@ -64,7 +64,9 @@ function curvesSpec(entries, rows) {
     hover: { title: rows[entry.id].label, [unit]: Math.round(x).toLocaleString("en"), [`${name} loss`]: y.toFixed(4) } })));
   const train = flat("train"), validation = flat("validation");
   const last = Math.max(...[...train, ...validation].map((each) => each.x));
-  const late = [...train, ...validation].filter((each) => each.x >= last / 10).map((each) => each.y);
+  const batches = train.filter((each) => each.x >= last / 10).map((each) => each.y).sort((a, b) => a - b);
+  const usual = batches.slice(Math.floor(batches.length * 0.03), Math.ceil(batches.length * 0.97)); // one easy batch shall not squeeze all others
+  const late = [...usual, ...validation.filter((each) => each.x >= last / 10).map((each) => each.y)];
   const margin = 0.06 * (Math.max(...late) - Math.min(...late)) || 0.1, low = Math.min(...late) - margin, high = Math.max(...late) + margin;
   const dashes = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]; // runs of one family share its colour
   const turn = {}, dashOf = {};
@@ -80,7 +82,7 @@ function curvesSpec(entries, rows) {
       { data: { values: train }, mark: { type: "line", strokeWidth: 1.1, opacity: 0.55, clip: true }, encoding: { color: colour, detail: { field: "run" }, strokeDash: dash } },
       { data: { values: validation }, mark: { type: "line", strokeWidth: 2, clip: true }, encoding: { color: colour, detail: { field: "run" }, strokeDash: dash } },
       { data: { values: validation }, mark: { type: "point", filled: true, size: 42, opacity: 1, clip: true }, encoding: { color: colour, tooltip: TIP } },
-      ...(labelled ? [{ data: { values: ends }, mark: { type: "text", align: "left", dx: 8 }, encoding: { x: { datum: last }, y: { field: "place", type: "quantitative" }, text: { field: "text" }, color: colour } }] : []),
+      ...(labelled ? [{ data: { values: ends }, mark: { type: "text", align: "left", dx: 8, limit: 230 }, encoding: { x: { datum: last }, y: { field: "place", type: "quantitative" }, text: { field: "text" }, color: colour } }] : []),
     ] };
 }
 

@@ -51,7 +51,8 @@ def figures(rows: Sequence[Row]) -> list[Figure]:
     dense = [row for row in rows if row.kind == DENSE and row.perplexity is not None]
     found: list[Figure] = []
     if dense:
-        best = min(dense, key=_loss)
+        compared = {round(_loss(row) - row.gap, 9) for row in rows if row.gap is not None and row.nll is not None}
+        best = min(dense, key=lambda row: (round(_loss(row), 9) not in compared, _loss(row)))  # what gaps are to first
         found.append(Figure("Full precision", f"{best.perplexity:.2f}", f"perplexity · {megabytes(best.bytes)}"))
     low = 0.0
     quantized = [row for row in rows if row.kind != DENSE and row.nll is not None]

@@ -14,6 +14,7 @@ from bitnet.report.page.collect import PLACES, Run
 from bitnet.report.record import RunRecord
 from bitnet.report.tables import gap_of, is_full_precision
 
+FULL = "full precision"  # a family, too
 DENSE, PTQ, QAT = "dense", "PTQ", "QAT"
 NONE = "null"
 WORDS = 4  # settings in a name; what they do not tell apart gets a number
@@ -101,7 +102,7 @@ def kind_of(record: RunRecord) -> str:
 def family_of(record: RunRecord) -> str:
     """The class of the post-training method, or the first word of the label: "bitnet158" of "bitnet158 frozen"."""
     if is_full_precision(record):
-        return "full precision"
+        return FULL
     ptq = record.config.get("ptq")
     if isinstance(ptq, dict) and "_target_" in ptq:
         return str(ptq["_target_"]).rpartition(".")[2]
@@ -189,10 +190,10 @@ def _short(value: Any) -> str:
 
 def _looks(families: Sequence[str]) -> dict[str, int]:
     """A number for each family that decides its colour (modulo `COLOURS`) and shape."""
-    present = list(dict.fromkeys(families))
+    present = [family for family in dict.fromkeys(families) if family != FULL]  # which has a colour of its own
     looks = {family: PREFERRED[family] for family in present if family in PREFERRED}
     free = (number for number in range(len(present) + COLOURS) if number not in looks.values())
-    return looks | {family: next(free) for family in present if family not in looks}
+    return {FULL: 0} | looks | {family: next(free) for family in present if family not in looks}
 
 
 def _row(index: int, run: Run, label: str, family: str, look: int, full: Sequence[RunRecord]) -> Row:
@@ -225,7 +226,7 @@ def _row(index: int, run: Run, label: str, family: str, look: int, full: Sequenc
         git=sha,
         started=record.started,
         seconds=round(record.seconds, 1),
-        command=record.command,
+        command=run.command,
         folder=str(run.path.parent),
     )
 
