@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: what GPTQModel, transformers with optimum, vLLM and AutoGPTQ load, for results of `bitnet.ptq`.
+"""GPTQ checkpoints: what GPTQModel, transformers with optimum, vLLM and AutoGPTQ load, of `bitnet.ptq` and of training.
 
 Codes, zero points and float16 scales are stored as they are; the layout is drawn in `bitnet.export.gptq_layout`. The
 columns stand in their own order (act-order with static groups stores nothing more), so ``desc_act`` is false whatever
@@ -44,7 +44,7 @@ from bitnet.export.protocol import Exported, ExportError, refuse_problems
 from bitnet.export.tensorfile import header_room, write_tensors
 from bitnet.files import atomic_directory
 from bitnet.models.generation_config import write_generation
-from bitnet.nn import QuantizedEmbedding, QuantizedLinear
+from bitnet.nn import BitLinear, QuantizedEmbedding, QuantizedLinear, QuantizedModule
 from bitnet.quant import QTensor
 
 if TYPE_CHECKING:
@@ -176,17 +176,19 @@ def _reasons(layer: nn.Module, plain: nn.Module) -> list[str]:
     """Why the format cannot hold ``layer``, in the place of transformers' ``plain``."""
     if isinstance(layer, QuantizedEmbedding) or not isinstance(plain, nn.Linear):
         return [f"it is a {type(plain).__name__}, the format packs nn.Linear only: leave it dense"]
-    if not isinstance(layer, QuantizedLinear):
+    assert isinstance(layer, BitLinear | QuantizedModule)
+    weight, found = layer.quantized_weight() if isinstance(layer, BitLinear) else layer.weight, list[str]()
+    trained = not isinstance(layer, QuantizedLinear)
+    if trained and (not isinstance(weight, QTensor) or weight.levels <= 3):
         return ["it has ternary or sign codes of its own training: use export=packed, hf or gguf"]
-    if not isinstance(layer.weight, QTensor) or layer.weight.levels > 2 ** max(BITS):
+    if not isinstance(weight, QTensor) or weight.levels > 2 ** max(BITS):
         return [
-            f"its weight is a {type(layer.weight).__name__}: only codes on a uniform grid of whole zero points fit "
+            f"its weight is a {type(weight).__name__}: only codes on a uniform grid of whole zero points fit "
             "(ptq=absmax, zeropoint, gptq or gptq_refined)"
         ]
-    weight, found = layer.weight, list[str]()
     if weight.odd:
         return ["its codes are odd numbers around 0, the format's whole steps around a zero point: use export=packed"]
-    if layer.activation is not None:
+    if getattr(layer, "activation", None) is not None:
         found.append("its inputs are quantized, which the format does not describe: use export=packed or hf")
     if weight.scale.dtype != torch.float16:
         found.append(

@@ -8,7 +8,8 @@ latent           BitNet b1.58 as transformers has it (one absmean scale a matrix
 bitlinear        four ternary codes a byte and 1/m; transformers' ``BitLinear`` unpacks them in every forward pass.
 autobitlinear    the same bytes and m; transformers' ``AutoBitLinear`` unpacks them into float32 when it loads them.
 dequantized      the values that the codes of any quantized model stand for, in dense layers. The weights are exact; the
-                 activations, where the model quantizes them, are not quantized.
+                 activations, where the model quantizes them, are not quantized. Weights of turned inputs
+                 (`bitnet.quant.Rotated`) are turned back in float32, which rounds.
 
 Bytes, and which of the two scales goes where: `bitnet.export.hf_bitnet`. Reading: `bitnet.export.hf_read`.
 
@@ -38,7 +39,14 @@ from bitnet.export.card import loading_code, model_card
 from bitnet.export.hf_gate import check
 from bitnet.export.hf_read import read
 from bitnet.export.packed_problems import body_problems, tokenizer_problems
-from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, size_of, weight_of
+from bitnet.export.parity import (
+    dense_tensors,
+    plain_values,
+    quantized_layers,
+    refuse_non_finite,
+    size_of,
+    weight_of,
+)
 from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.export.tensorfile import header_room, write_tensors
 from bitnet.files import atomic_directory
@@ -202,11 +210,11 @@ def _stored(
             assert isinstance(layer, BitLinear)
             yield f"{name}.weight", layer.weight.detach().to(dtype)
             continue
-        weight = weight_of(layer)
         if kind == "dequantized":
-            values = weight.dequantize(dtype)
+            values = plain_values(layer, dtype)
             yield f"{name}.weight", values.t().contiguous() if is_conv1d(plain.get_submodule(name)) else values
         else:
+            weight = weight_of(layer)
             assert isinstance(weight, QTensor)
             yield f"{name}.weight", hf_bitnet.pack_rows(weight.qdata)
             yield f"{name}.weight_scale", hf_bitnet.stored_scale(weight.scale, kind)

@@ -138,7 +138,7 @@ def _latent_reason(layer: nn.Module) -> str | None:
     learned = isinstance(layer.quantizer, LearnedScale)  # which fits its own weight alone
     if learned or not _same(layer.quantizer(probe), absmean_ternary(probe)):
         return "its weight is not quantized as in b1.58 (one absmean scale a matrix): use weights=dequantized"
-    if not _same(layer.activation(probe), absmax(probe)):
+    if layer.activation is None or not _same(layer.activation(probe), absmax(probe)):
         return f"its inputs are not quantized as in b1.58 (int8 absmax a token): {WITHOUT_INPUTS}"
     return None
 

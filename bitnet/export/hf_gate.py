@@ -21,6 +21,7 @@ from bitnet.export.parity import (
     dense_tensors,
     difference,
     logits,
+    plain_values,
     quantized_layers,
     token_ids,
     weight_of,
@@ -165,11 +166,10 @@ def _holds(found: Any, layer: nn.Module, kind: str, dtype: torch.dtype) -> bool:
     if kind == "latent":
         assert isinstance(layer, BitLinear)
         return torch.equal(found.weight, layer.weight.to(dtype))
-    weight = weight_of(layer)
     if kind == "dequantized":
-        values = weight.dequantize(dtype)
+        values = plain_values(layer, dtype)
         return torch.equal(found.weight.t() if is_conv1d(found) else found.weight, values)
-    weight = _codes(weight)
+    weight = _codes(weight_of(layer))
     codes = hf_bitnet.unpack_rows(found.weight) if kind == "bitlinear" else found.weight
     scale = hf_bitnet.stored_scale(weight.scale, kind).to(found.weight_scale.dtype)
     return torch.equal(codes, weight.qdata.to(codes.dtype)) and torch.equal(found.weight_scale, scale)
@@ -231,7 +231,7 @@ class _Values(nn.Module):
         if isinstance(layer, QuantizedLinear) and layer.activation is None:
             return layer(x)
         bias: Tensor | None = layer.bias
-        return F.linear(x, weight_of(layer).dequantize(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, plain_values(layer, x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _codes(weight: QuantizedWeight) -> QTensor:

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
-from bitnet.export.parity import dense_tensors, quantized_layers, rotary_problems, rotary_tables
+from bitnet.export.parity import (
+    dense_tensors,
+    quantized_layers,
+    rotary_problems,
+    rotary_tables,
+    warm_up_problems,
+)
 from bitnet.models.empty import empty_causal_lm, plain_config
 from bitnet.nn import QuantizedEmbedding
 from bitnet.nn.linears import is_linear
@@ -16,7 +22,12 @@ if TYPE_CHECKING:
 
 
 def body_problems(model: "PreTrainedModel") -> list[str]:
-    """How ``model`` differs from what transformers builds of its config: a reader starts from that."""
+    """How ``model`` differs from what transformers builds of its config: a reader starts from that.
+
+    A model that is stopped in the warm-up of its quantization is none yet.
+    """
+    if found := warm_up_problems(model):
+        return found
     try:
         plain = empty_causal_lm(plain_config(model))
     except InputError as error:

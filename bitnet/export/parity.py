@@ -11,8 +11,8 @@ from torch.func import functional_call
 
 from bitnet.errors import InputError
 from bitnet.export.protocol import ExportError
-from bitnet.nn import BitLinear, QuantizedModule
-from bitnet.quant import PackedTensor, QTensor, QuantizedWeight
+from bitnet.nn import BitLinear, QuantizedModule, bit_linears
+from bitnet.quant import PackedTensor, QTensor, QuantizedWeight, Rotated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,26 @@ def weight_of(layer: nn.Module) -> QuantizedWeight:
     assert isinstance(layer, BitLinear | QuantizedModule)
     weight = layer.quantized_weight() if isinstance(layer, BitLinear) else layer.weight
     return weight.unpack() if isinstance(weight, PackedTensor) else weight
+
+
+def plain_values(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """The weight of a dense layer in the place of such a layer: values of the codes, for inputs that nobody turns."""
+    weight, activation = weight_of(layer), getattr(layer, "activation", None)
+    if not isinstance(activation, Rotated):
+        return weight.dequantize(dtype)
+    return activation.rotate(weight.dequantize()).to(dtype)
+
+
+def warm_up_problems(model: nn.Module) -> list[str]:
+    """That ``model`` was stopped in the warm-up of its quantization, if it was."""
+    names = [name for name, layer in bit_linears(model) if layer.warming_up]
+    if not names:
+        return []
+    which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+    return [
+        f"the quantization of {which} is still being warmed up, so the codes are not yet what the layer computes with: "
+        "train to the end of the warm-up"
+    ]
 
 
 def dense_tensors(model: nn.Module, layers: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:

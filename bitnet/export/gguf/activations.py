@@ -14,7 +14,7 @@ from bitnet.errors import InputError
 from bitnet.export.codec import restore_activation, store_activation
 from bitnet.export.parity import quantized_layers
 from bitnet.nn import BitLinear, PackedLinear, QuantizedLinear
-from bitnet.quant import Quantizer
+from bitnet.quant import Quantizer, Rotated
 
 KEY = "bitnet_qat.activation"
 
@@ -29,6 +29,11 @@ def activation_entry(model: nn.Module) -> Mapping[str, Any] | None:
     for name, layer in quantized_layers(model).items():
         if not isinstance(layer, BitLinear | QuantizedLinear | PackedLinear):
             continue
+        if isinstance(layer.activation, Rotated):
+            raise InputError(
+                f"the inputs of {name} are turned by a Hadamard matrix, which no runtime of GGUF files does: use "
+                "export=packed, or train with activation=a4"
+            )
         stored = store_activation(layer.activation)
         if stored is not None and stored.tensors:
             raise InputError(

@@ -20,7 +20,7 @@ from bitnet.export.gguf.tokenizer import ends_of, tokenizer_pairs, tokenizer_pro
 from bitnet.export.gguf.types import DENSE, PIECE, SIGNS, TYPES, TensorType, is_finite
 from bitnet.export.gguf.verify import verify
 from bitnet.export.gguf.weights import Grid, encode, i2_s_tail, type_for
-from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, weight_of
+from bitnet.export.parity import dense_tensors, quantized_layers, refuse_non_finite, warm_up_problems, weight_of
 from bitnet.export.protocol import Exported, refuse_problems
 from bitnet.files import new_file
 from bitnet.models.generation_config import generation_entry, generation_from
@@ -85,7 +85,7 @@ class GGUFExporter:
             architecture = architecture_of(model, self.type)
         except InputError as error:
             return [str(error)]
-        found = list(body_problems(architecture, model))
+        found = warm_up_problems(model) + list(body_problems(architecture, model))
         reasons: dict[str, list[str]] = defaultdict(list)
         for name, layer in quantized_layers(model).items():
             try:
@@ -151,7 +151,7 @@ class GGUFExporter:
         if self.scale == "block" or kind.name == "I2_S":
             return False
         if isinstance(layer, BitLinear):
-            return True  # `type_for` let no other granularity pass
+            return Grid.of(layer.quantized_weight(), values=False).scales == (1, 1)
         assert isinstance(layer, QuantizedModule)
         weight = layer.weight
         return isinstance(weight, QTensor | PackedTensor) and Grid.of(weight).scales == (1, 1)

@@ -41,7 +41,8 @@ class Encoded:
 class Grid:
     """What has to be known of a `QTensor` to say where it fits; ``scale`` are its real values, or None (not known yet).
 
-    ``scales`` are the rows and groups of the scale; ``low`` to ``high`` the range of its codes less zero points.
+    ``scales`` are the rows and groups of the scale, ``half`` says that they are float16 whatever their values; ``low``
+    to ``high`` the range of its codes less zero points.
     """
 
     levels: int
@@ -51,6 +52,7 @@ class Grid:
     scales: tuple[int, int]
     group_size: int | None
     scale: Tensor | None
+    half: bool = False
 
     @classmethod
     def of(cls, weight: QTensor | PackedTensor, *, values: bool = True) -> "Grid":
@@ -65,7 +67,8 @@ class Grid:
             low, high = low - high, high - low
         scale = weight.scale.reshape(-1, weight.scale.shape[-1])
         shape = (scale.shape[0], scale.shape[1])
-        return cls(weight.levels, low, high, weight.shape[-1], shape, weight.group_size, scale if values else None)
+        half, known = weight.scale.dtype == torch.float16, scale if values else None
+        return cls(weight.levels, low, high, weight.shape[-1], shape, weight.group_size, known, half)
 
     def fits(self, chosen: TensorType) -> bool:
         """Whether rows and groups are whole numbers of blocks."""
@@ -142,7 +145,7 @@ def _refuse_misplaced_scales(grid: Grid, chosen: TensorType, scale: str) -> None
             f"choose a group size that is a multiple of {chosen.block}"
         )
     if grid.scale is None:
-        if scale == "tensor":
+        if scale == "tensor" and not grid.half:
             raise InputError(
                 "llama.cpp has one float32 scale a matrix, and there is one a row or group here: train with "
                 "granularity tensor, or set scale=block, which rounds every scale to float16 (by up to 0.05 %)"
