@@ -36,6 +36,16 @@ def test_adapters_end_as_one_quantized_matrix_in_every_export(tiny, trained, tmp
     assert not any("original" in name or "embed" in name for name in checkpoint["state_dict"])
 
 
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_resumed_run_makes_the_frozen_weights_again_an_initialisation_too(tiny, trained, tmp_path):
+    start = ["size=none", f"model.path={trained}", f"data.tokenizer.path={trained}", "export=none"]
+    first = run(tiny(*start, "lora=latent", "lora.rank=4", "init=mse"))[-1]
+    for name in ("run.json", "latent.json"):  # as if it had been stopped after its last checkpoint
+        (tmp_path / "run" / name).unlink()
+    again = run(tiny(f"resume={tmp_path / 'run'}"))[-1]
+    assert (again.perplexity, again.steps) == (first.perplexity, first.steps)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
