@@ -100,7 +100,7 @@ class _Quantizer:
 
     def __init__(self, quantizer: Any) -> None:
         self.grid = LayerGrid.of(quantizer)
-        self.rule = quantizer.rule if isinstance(quantizer, LearnedScale) else quantizer
+        self.rule: Any = quantizer.rule if isinstance(quantizer, LearnedScale) else quantizer
         self._learned = isinstance(quantizer, LearnedScale)
 
     def quantize(self, latent: Tensor, scale: Tensor) -> QTensor:

@@ -125,6 +125,7 @@ class Compensated:
         assert stats.hessian is not None
         hessian = stats.hessian
         order = column_order(hessian.diagonal(), "activation", None)
+        assert order is not None
         factor = stats.inverse_factor(self.damping, order, key="activation")
         target = weight.float()
         if self.correction:

@@ -284,7 +284,7 @@ def _tensors(teacher: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
