@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from bitnet.errors import InputError
@@ -38,6 +40,13 @@ def cell_name(overrides: Sequence[str]) -> str:
         key, _, value = each.lstrip("+~").partition("=")
         words.append(f"{key.rpartition('.')[2]}-{value}" if "." in key else value)
     return re.sub(r"[^\w.-]+", "-", "_".join(words)).strip("-.")
+
+
+def sweep_cell() -> Path | None:
+    """The folder of this cell of a sweep; None for a run of its own."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return None
+    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def is_finished(folder: Path, cfg: DictConfig) -> bool:

@@ -153,9 +153,9 @@ def rungs(records: "Sequence[RunRecord]") -> list[Rung]:
         dense = [each for each in alike if is_full_precision(each)]
         others = [each for each in alike if not is_full_precision(each)]
         if dense and others:
-            best = [min(arm, key=lambda record: record.nll or math.inf) for arm in (dense, others)]
-            edge = any(_at_the_edge(one, arm) for one, arm in zip(best, (dense, others), strict=True))
-            found.append(Rung(weights, *(each.nll or 0.0 for each in best), *map(_rate, best), edge))
+            one, other = min(dense, key=_loss), min(others, key=_loss)
+            edge = _at_the_edge(one, dense) or _at_the_edge(other, others)
+            found.append(Rung(weights, _loss(one), _loss(other), _rate(one), _rate(other), edge))
     return found
 
 
@@ -213,7 +213,8 @@ def draw_ladder(found: Sequence[Rung], law: PowerLaw, path: Path) -> None:
     )
     for part, alpha, label in ((measured, 0.18, "95 % of the fit"), (beyond, 0.06, None)):
         if bands := [band for size in part if (band := law.interval(size)) is not None]:
-            axes.fill_between(part, *zip(*bands, strict=True), color=COLOURS[0], alpha=alpha, lw=0, label=label)
+            low, high = zip(*bands, strict=True)
+            axes.fill_between(part, low, high, color=COLOURS[0], alpha=alpha, lw=0, label=label)
     for (label, points), colour, marker in zip(PUBLISHED, COLOURS[1:], "sD", strict=False):
         axes.plot(*zip(*points, strict=True), marker, mfc="none", color=colour, label=f"published: {label}")
     axes.set(xscale="log", yscale="log", xlabel="weights in quantized linears (published: all parameters)")
@@ -245,6 +246,10 @@ def _markdown(found: Sequence[Rung], law: PowerLaw) -> str:
             f"Best rates at an edge of what was tried, so that a better one may lie outside: {', '.join(edges)}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _loss(record: "RunRecord") -> float:
+    return math.inf if record.nll is None else record.nll
 
 
 def _rate(record: "RunRecord") -> float:

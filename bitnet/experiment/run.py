@@ -31,7 +31,7 @@ from bitnet.experiment.arm import (
     all_exported,
     refuse_exports,
 )
-from bitnet.experiment.cells import in_use
+from bitnet.experiment.cells import in_use, sweep_cell
 from bitnet.experiment.estimate import print_estimate
 from bitnet.experiment.initial import check_init, start_from
 from bitnet.experiment.logs import open_loggers
@@ -46,7 +46,6 @@ from bitnet.experiment.settings import (
     discard_if_unused,
     process_rank,
     resumed,
-    sweep_cell,
     twin_of,
 )
 from bitnet.files import atomic_file

@@ -17,14 +17,13 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
-from hydra.types import RunMode
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from bitnet.errors import InputError
 from bitnet.experiment.adapters import check_checkpointing, check_lora
-from bitnet.experiment.cells import RUN, SETTINGS, refuse_other_settings
+from bitnet.experiment.cells import RUN, SETTINGS, refuse_other_settings, sweep_cell
 from bitnet.experiment.explain import hint
 from bitnet.files import atomic_file
 from bitnet.quant import in_eight_bits
@@ -298,13 +297,6 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def _overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def sweep_cell() -> Path | None:
-    """The folder of this cell of a sweep; None for a run of its own."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return None
-    return Path(HydraConfig.get().runtime.output_dir)
 
 
 def _new_directory(wanted: Path) -> Path:
