@@ -13,7 +13,7 @@ import argparse
 import copy
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ class Timed:
 
     model: PreTrainedModel
     own_step: bool
+    clock: Callable[[], float] = time.perf_counter
     first: list[float] = field(default_factory=list)
     steps: list[float] = field(default_factory=list)
     within: list[float] = field(default_factory=list)
@@ -48,17 +49,17 @@ class Timed:
         read, times = cached.read, list[float]()
 
         def timed(ids: Sequence[int]) -> Tensor:
-            began = time.perf_counter()
+            began = self.clock()
             try:
                 return read(ids)
             finally:
-                times.append(time.perf_counter() - began)
+                times.append(self.clock() - began)
 
         cached.read = timed
         sampling = Sampling(max_new_tokens=tokens)
-        last = time.perf_counter()
+        last = self.clock()
         for number, _ in enumerate(stream(self.model, tokenizer, prompt, sampling, cached=cached)):
-            now = time.perf_counter()
+            now = self.clock()
             (self.steps if number else self.first).append(now - last)
             last = now
         self.within += times[1:]
@@ -98,14 +99,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--forms", help="separated by /; default: all")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time, for one thread on a busy machine"
+    )
     arguments = parser.parse_args()
+    clock = time.perf_counter if arguments.clock == "wall" else time.process_time
     torch.set_num_threads(arguments.threads)
     shape = yaml.safe_load((SIZES / f"{arguments.size}.yaml").read_text())
     shape.pop("_target_")
     models = forms_of(arguments.body, Size(**shape), arguments.vocabulary)
     chosen = list(models) if arguments.forms is None else arguments.forms.split("/")
     timed = {
-        f"{name}{'' if own else ', transformers'}": Timed(models[name], own) for name in chosen for own in (True, False)
+        f"{name}{'' if own else ', transformers'}": Timed(models[name], own, clock)
+        for name in chosen
+        for own in (True, False)
     }
     tokenizer = tokenizer_of(arguments.vocabulary)
     prompt = torch.randint(arguments.vocabulary, (arguments.prompt,)).tolist()

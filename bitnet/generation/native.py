@@ -14,7 +14,8 @@ from bitnet.generation.step import Function, OneToken
 from bitnet.nn.fuse import one_matrix
 from bitnet.ops import choice
 from bitnet.ops.cpu import LONGEST_ROW
-from bitnet.ops.decoder import Decoder, Layer, Matrix, Norm, Shape
+from bitnet.ops.decoder import Decoder, Layer, Norm, Shape
+from bitnet.ops.native import Matrix
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel

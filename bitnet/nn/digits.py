@@ -55,12 +55,20 @@ class DigitLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
-        products = packed_linear(input.float(), self.packed, self.scale.float(), None, "i2", "absmax")
+        products = packed_linear(input.float(), self.packed, self.scale, None, "i2", "absmax")
         lowest, second, *others = products.split(self.out_features, dim=-1)
         y = lowest + second
         for each in others:
             y += each
         return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]  # torch leaves it untyped
+        """Move like any module, but keep the scale in float32: ``model.bfloat16()`` must not change a weight."""
+        before = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != before.dtype:
+            self.scale = before.to(self.scale.device)
+        return self
 
 
 def round_head(model: nn.Module) -> None:

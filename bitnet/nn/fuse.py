@@ -14,7 +14,7 @@ from bitnet.nn.packed_linear import PackedLinear
 from bitnet.nn.quantized_linear import result_dtype
 from bitnet.ops import packed_linear
 from bitnet.ops.cpu import cpu_linear
-from bitnet.ops.decoder import Matrix
+from bitnet.ops.native import Matrix
 from bitnet.quant.packed import PackedTensor
 
 BYTES = "weight_packed"  # the buffer that holds them

@@ -34,6 +34,14 @@ class PackedLinear(QuantizedModule):
         self._known = known_activation(activation)
         self._known_turned = known_activation(activation.quantizer) if isinstance(activation, Rotated) else None
 
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:  # type: ignore[no-untyped-def]  # as in torch
+        """Rows of a larger matrix (`bitnet.nn.fuse`) are copied: a file would hold all of it for each layer."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for buffer in self._tensors.values():
+            tensor = destination[prefix + buffer]
+            if tensor.untyped_storage().nbytes() > tensor.nbytes:
+                destination[prefix + buffer] = tensor.clone()
+
     def forward(self, input: Float[Tensor, "*rows in"]) -> Float[Tensor, "*rows out"]:
         weight = self.weight
         assert isinstance(weight, PackedTensor)

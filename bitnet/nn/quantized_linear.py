@@ -125,6 +125,8 @@ def float_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Ten
 def result_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a linear layer answers in: autocast's where it is on, else that of its input."""
     device = x.device.type
+    if device == "meta":  # it has no autocast: asking is an error
+        return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 

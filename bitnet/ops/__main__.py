@@ -3,7 +3,7 @@
 import torch
 
 from bitnet.ops import cuda
-from bitnet.ops.build import BuildError
+from bitnet.ops.build import BuildError, openmp_problem
 from bitnet.ops.cpu import Choice, choice, compiled, fault_of
 from bitnet.ops.native import BEST_FIRST, Native
 
@@ -48,7 +48,10 @@ def states(native: Native | None, problem: str, chosen: Choice) -> list[tuple[st
 def threads(chosen: Choice) -> str:
     """How many threads a product runs on."""
     if chosen.native is not None and not chosen.native.parallel:
-        return "1: compiled without OpenMP, which the compiler does not have"
+        problem = openmp_problem()
+        if problem is None:
+            return f"1: compiled without OpenMP, which the compiler now has: remove {chosen.native.path}"
+        return f"1: compiled without OpenMP: {problem}"
     return f"{torch.get_num_threads()} (torch.get_num_threads())"
 
 

@@ -6,8 +6,9 @@ machines that share a home directory. Its name holds two digests::
     ~/.cache/bitnet/kernels/packed_linear-<sources, compiler, flags>-<content>.so
 
 A file whose content is not what its name says is damaged, and is built again. It is compiled under another name and
-then renamed: two processes that compile at once both leave a whole file, and neither waits. A user without a cache
-folder that can be written is told by `FolderError`, and may name another one.
+then renamed: two processes that compile at once both leave a whole file, and neither waits. No process removes a file:
+another one may have just mended it. A user without a cache folder that can be written is told by `FolderError`, and may
+name another one.
 """
 
 import hashlib
@@ -26,6 +27,7 @@ FLAGS = ("-O2", "-ftree-vectorize", "-std=c++17", "-shared", "-fPIC", "-ffp-cont
 OPENMP = ("-fopenmp",)
 COMPILERS = ("g++", "clang++", "c++")
 SECONDS = 600  # longer than any machine needs
+ROOT = 0  # number of the user who owns what all users may run
 
 
 class BuildError(RuntimeError):
@@ -119,12 +121,25 @@ def build_key(compiler: list[str], flags: tuple[str, ...]) -> str:
 
 
 def find_cached(folder: Path, key: str) -> Path | None:
-    """The whole library of this key in ``folder``, None if there is none; removes damaged ones."""
+    """The whole library of this key in ``folder``, None if there is none.
+
+    Raises:
+        FolderError: there is one that another user made, who could have put anything into it.
+    """
     for path in sorted(folder.glob(f"packed_linear-{key}-*.so")):
-        if path.stem.rpartition("-")[2] == content_digest(path):
-            return path
-        path.unlink(missing_ok=True)
+        if path.stem.rpartition("-")[2] != content_digest(path):
+            continue
+        if owner_of(path) not in (ROOT, os.geteuid() if hasattr(os, "geteuid") else ROOT):
+            raise FolderError(
+                f"{path} belongs to another user (number {owner_of(path)}), who could put anything into it: set "
+                "XDG_CACHE_HOME to a folder of your own"
+            )
+        return path
     return None
+
+
+def owner_of(path: Path) -> int:
+    return path.stat().st_uid
 
 
 def build(compiler: list[str], flags: tuple[str, ...], folder: Path, key: str) -> Path:
@@ -144,6 +159,18 @@ def build(compiler: list[str], flags: tuple[str, ...], folder: Path, key: str) -
     except OSError as error:
         raise FolderError(f"cannot write the compiled library to {folder}: {error}") from error
     return target
+
+
+def openmp_problem() -> str | None:
+    """Why the compiler makes no program with threads, None if it does."""
+    with tempfile.TemporaryDirectory(prefix="bitnet-openmp-") as folder:
+        source = Path(folder) / "empty.cpp"
+        source.write_text("int main() { return 0; }\n")
+        try:
+            run_compiler([*find_compiler(), *OPENMP, str(source), "-o", str(Path(folder) / "empty")])
+        except BuildError as error:
+            return str(error)
+    return None
 
 
 def run_compiler(command: list[str]) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bitnet.ops.build import BuildError, FolderError, library
 from bitnet.ops.int8 import int8_linear
-from bitnet.ops.native import LAYOUTS, TYPES, Native
+from bitnet.ops.native import LAYOUTS, TYPES, Matrix, Native, Plan
 from bitnet.ops.packed_linear import LIBRARY, check_arguments, reference_linear
 from bitnet.ops.reference import EXACT_SUM
 from bitnet.ops.remembered import Remembered
@@ -25,6 +25,7 @@ from bitnet.quant.packing import pack
 
 LONGEST_ROW = EXACT_SUM // 128  # columns: up to here float32 holds every sum, and results are exact
 _sound = Remembered[None](uncounted=True)
+_plans = Remembered[Plan | None](uncounted=True)
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,28 @@ def choice() -> Choice:
 def compiled() -> Native:
     """The compiled kernels, loaded; compiles them if need be.
 
-    Where the cache folder cannot be written they are compiled, by every process anew, into a temporary folder that
-    only this user can read or write, and that is removed once they are loaded.
+    Where the cache folder cannot be used they are compiled, by every process anew, into a temporary folder that only
+    this user can read or write, and that is removed once they are loaded. A warning says so.
 
     Raises:
         BuildError: nothing could be compiled.
-        OSError: there is no temporary folder either, or the library does not load.
+        OSError: there is no temporary folder either, or the library does not load from there.
     """
     try:
-        return Native(library())
-    except FolderError:
+        path = library()
+        try:
+            return Native(path)
+        except OSError as error:
+            raise FolderError(
+                f"{path} does not load ({error}): if its file system is mounted noexec, set XDG_CACHE_HOME to a folder "
+                "on another one"
+            ) from error
+    except FolderError as error:
+        warnings.warn(
+            f"kernels for packed layers are compiled for this process alone, which takes seconds: {error}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         with tempfile.TemporaryDirectory(prefix="bitnet-kernels-") as folder:
             return Native(library(Path(folder)))
 
@@ -90,8 +103,28 @@ def cpu_linear(
     if chosen.native is None:
         return int8_linear(x, packed, scale, bias, layout, activation)
     native = chosen.native
+    place = 0 if bias is None else bias.data_ptr()
+    key = layout, columns, activation, scale.data_ptr(), len(scale), place, None if bias is None else bias.dtype
+    plan = _plans.get(packed, key, lambda: _plan(native, packed, scale, bias, layout, activation, columns, chosen.name))
+    return native(x, packed, scale, bias, layout, activation, chosen.name) if plan is None else plan(x)
+
+
+def _plan(
+    native: Native,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    layout: str,
+    activation: str,
+    columns: int,
+    tier: str,
+) -> Plan | None:
+    """A plan of these tensors' addresses; None where one of them is not in order, and has to be copied for a call."""
     _sound.get(packed, (layout, columns), lambda: native.refuse_damaged(packed, layout, columns))
-    return native(x, packed, scale, bias, layout, activation, chosen.name)
+    parts = (packed, scale) if bias is None else (packed, scale, bias)
+    if not all(each.is_contiguous() for each in parts):
+        return None
+    return Plan(native, Matrix(packed, scale, bias, layout, activation, columns), tier)
 
 
 def fault_of(native: Native, tier: str) -> str | None:

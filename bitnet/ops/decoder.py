@@ -12,31 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitnet.ops.native import LAYOUTS, STEPS, TIERS, TYPES, Native
+from bitnet.ops.native import DOUBLE, FLOAT, INT, LONG, POINTER, TIERS, Linear, Matrix, Native, address, threads_now
 
 ACTIVATIONS = {"relu2": 0, "silu": 1}
-_INT, _LONG, _FLOAT, _DOUBLE = ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_double
-_POINTER = ctypes.c_void_p
-
-
-class Matrix(NamedTuple):
-    """A packed weight and what ``torch.ops.bitnet.packed_linear`` takes with it.
-
-    Attributes:
-        packed: codes [out, bytes] uint8.
-        scale: float32 [1, 1] or [out, 1].
-        bias: [out] or None.
-        layout: of the codes.
-        activation: quantizer of the inputs.
-        columns: input features.
-    """
-
-    packed: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    layout: str
-    activation: str
-    columns: int
 
 
 class Norm(NamedTuple):
@@ -71,33 +49,25 @@ class Shape:
     activation: str
 
 
-class _Linear(ctypes.Structure):
-    _fields_ = (
-        *(("packed", _POINTER), ("scale", _POINTER), ("bias", _POINTER)),
-        *(("rows", _LONG), ("columns", _LONG), ("row_bytes", _LONG), ("scale_step", _LONG)),
-        *(("layout", _INT), ("bias_type", _INT), ("steps", _FLOAT)),
-    )
-
-
 class _Norm(ctypes.Structure):
-    _fields_ = (("weight", _POINTER), ("eps", _DOUBLE))
+    _fields_ = (("weight", POINTER), ("eps", DOUBLE))
 
 
 class _Layer(ctypes.Structure):
     _fields_ = (
-        *((name, _Linear) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, Linear) for name in ("qkv", "o", "gate_up", "down")),
         *((name, _Norm) for name in ("norm", "o_norm", "norm_2", "down_norm")),
-        *(("keys", _POINTER), ("values", _POINTER), ("room", _LONG)),
+        *(("keys", POINTER), ("values", POINTER), ("room", LONG)),
     )
 
 
 class _Decoder(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.POINTER(_Layer)),
-        *((name, _LONG) for name in ("count", "hidden", "inner", "heads", "key_heads", "size")),
+        *((name, LONG) for name in ("count", "hidden", "inner", "heads", "key_heads", "size")),
         ("norm", _Norm),
-        *(("head", _POINTER), ("head_bias", _POINTER), ("vocabulary", _LONG)),
-        *(("scaling", _FLOAT), ("activation", _INT)),
+        *(("head", POINTER), ("head_bias", POINTER), ("vocabulary", LONG)),
+        *(("scaling", FLOAT), ("activation", INT)),
     )
 
 
@@ -133,7 +103,7 @@ class Decoder:
         self._layers = (_Layer * len(layers))(*map(_layer_of, layers))
         self._decoder = _Decoder(
             *(self._layers, len(layers), self._hidden, inner, shape.heads, shape.key_heads, shape.size),
-            *(_norm_of(norm), _address(weight), _address(bias), self._vocabulary),
+            *(_norm_of(norm), address(weight), address(bias), self._vocabulary),
             *(shape.scaling, ACTIVATIONS[shape.activation]),
         )
         self._rooms: list[Tensor] = []
@@ -159,7 +129,7 @@ class Decoder:
         y = torch.empty(self._vocabulary or self._hidden)
         failed = self._native.decode(
             *(ctypes.byref(self._decoder), x.data_ptr(), cos.data_ptr(), sin.data_ptr(), position),
-            *(y.data_ptr(), torch.get_num_threads(), self._tier),
+            *(y.data_ptr(), threads_now(), self._tier),
         )
         if failed:
             raise MemoryError(f"no memory for a step after {position} tokens")
@@ -168,23 +138,10 @@ class Decoder:
 
 def _layer_of(layer: Layer) -> _Layer:
     return _Layer(
-        *map(_linear_of, (layer.qkv, layer.o, layer.gate_up, layer.down)),
+        *map(Linear.of, (layer.qkv, layer.o, layer.gate_up, layer.down)),
         *map(_norm_of, (layer.norm, layer.o_norm, layer.norm_2, layer.down_norm)),
-    )
-
-
-def _linear_of(matrix: Matrix) -> _Linear:
-    packed, scale, bias = matrix.packed, matrix.scale, matrix.bias
-    return _Linear(
-        *(packed.data_ptr(), scale.data_ptr(), _address(bias)),
-        *(packed.shape[0], matrix.columns, packed.shape[1], int(scale.shape[0] > 1)),
-        *(LAYOUTS[matrix.layout], 0 if bias is None else TYPES[bias.dtype], STEPS[matrix.activation]),
     )
 
 
 def _norm_of(norm: Norm | None) -> _Norm:
     return _Norm(None, 0.0) if norm is None else _Norm(norm.weight.data_ptr(), norm.eps)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

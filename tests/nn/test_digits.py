@@ -81,3 +81,12 @@ def test_what_is_no_head_in_float_is_refused():
         round_head(nn.Linear(3, 3))
     with pytest.raises(InputError, match="finite"):
         DigitLinear(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_moving_to_another_dtype_changes_no_weight():
+    layer, x = DigitLinear(weight_of()), torch.randn(3, 300)
+    before = layer(x)
+    layer.bfloat16()
+    assert layer.scale.dtype == torch.float32
+    assert torch.equal(layer(x), before)
+    assert layer.to("meta").scale.is_meta

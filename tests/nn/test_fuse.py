@@ -1,8 +1,10 @@
 """Layers that read one input, run as one: the same bits, the same bytes."""
 
+import io
 from functools import partial
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -94,6 +96,16 @@ def test_the_state_of_a_fused_model_is_what_it_was():
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_each_layer_is_saved_as_its_own_bytes_alone():
+    parts = layers(columns=4000)
+    fused(parts)
+    for part in parts:
+        file = io.BytesIO()
+        torch.save(part.state_dict(), file)
+        assert file.tell() < part.weight.packed.numel() + 4000
+    safetensors.torch.save(nn.ModuleList(parts).state_dict())  # which refuses tensors that share memory
 
 
 def others() -> dict[str, list[nn.Module]]:

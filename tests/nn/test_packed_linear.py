@@ -75,6 +75,11 @@ def test_moving_to_another_dtype_changes_neither_bytes_nor_scale():
     assert torch.equal(packed.weight.scale, before)
 
 
+def test_on_the_meta_device_it_answers_with_a_shape():
+    y = frozen().pack().to("meta")(torch.randn(5, 48, device="meta", dtype=torch.bfloat16))
+    assert (y.shape, y.dtype) == ((5, 7), torch.bfloat16)
+
+
 def test_a_model_is_packed_layer_by_layer_and_the_rest_stays():
     model = nn.Sequential(nn.Linear(48, 32), nn.ReLU(), nn.Linear(32, 8))
     convert(model, include=["0"])

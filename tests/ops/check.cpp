@@ -64,9 +64,9 @@ static long differences(const Case &c, int tier, int threads) {
   for (auto &each : bias) each = normal(draw);
   const auto inputs = as_type(x, c.type), biases = as_type(bias, c.type);
   auto y = as_type(std::vector<float>((size_t)(c.tokens * c.rows)), c.type);
-  const int failed = bitnet_packed_linear(
-      inputs.data(), c.tokens, c.columns, c.columns, c.type, 127.0f, packed.data(), c.rows, width, c.layout,
-      scale.data(), 1, c.bias ? biases.data() : nullptr, c.type, y.data(), threads, tier);
+  const Linear layer = {packed.data(), scale.data(), c.bias ? biases.data() : nullptr, c.rows, c.columns, width, 1,
+                        c.layout, c.type, 127.0f};
+  const int failed = bitnet_linear(&layer, inputs.data(), c.tokens, c.type, y.data(), threads, tier);
   if (failed || bitnet_damaged_byte(packed.data(), c.rows, width, c.columns, c.layout) != -1) return c.tokens * c.rows;
   long wrong = 0;
   for (int64_t m = 0; m < c.tokens; ++m) {

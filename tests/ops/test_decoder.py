@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from bitnet.ops import build
-from bitnet.ops.decoder import Decoder, Layer, Matrix, Norm, Shape
-from bitnet.ops.native import Native
+from bitnet.ops.decoder import Decoder, Layer, Norm, Shape
+from bitnet.ops.native import Matrix, Native
 from bitnet.ops.packed_linear import reference_linear
 from bitnet.quant import PackedTensor, absmean_ternary, centred_sign
 

@@ -191,7 +191,8 @@ def test_without_a_cache_folder_the_kernels_are_compiled_loaded_and_removed(lack
         return ""
 
     monkeypatch.setattr(build, "run_compiler", compile_quickly)
-    chosen = cpu.choice.__wrapped__()
+    with pytest.warns(RuntimeWarning, match="compiled for this process alone"):
+        chosen = cpu.choice.__wrapped__()
     assert chosen.name == native.tiers[0]
     assert modes == [0o700]
     assert not list(temporary.iterdir())
@@ -203,6 +204,57 @@ def homeless(path: Path) -> Path:
 
 def refuse() -> None:
     raise PermissionError("read-only")
+
+
+def test_a_library_that_another_user_made_is_not_loaded(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "owner_of", lambda path: 4242)
+    build.library(tmp_path / "cache")  # just compiled
+    with pytest.raises(build.FolderError, match=r"belongs to another user \(number 4242\)"):
+        build.library(tmp_path / "cache")
+
+
+def test_where_programs_may_not_run_the_library_is_loaded_from_another_place(native, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def forbidden(path: Path) -> Native:
+        if path.is_relative_to(tmp_path):
+            raise OSError("failed to map segment from shared object")
+        return native
+
+    monkeypatch.setattr(cpu, "Native", forbidden)
+    monkeypatch.setattr(
+        build, "run_compiler", lambda command: shutil.copy(native.path, command[-1]) if "-o" in command else ""
+    )
+    with pytest.warns(RuntimeWarning, match=r"failed to map segment.*noexec, set XDG_CACHE_HOME"):
+        assert cpu.compiled() is native
+
+
+def test_why_there_are_no_threads_is_said(tmp_path, monkeypatch):
+    fake = tmp_path / "compiler"
+    fake.write_text('#!/bin/sh\ncase "$*" in *fopenmp*) echo no openmp here >&2; exit 1;; esac\n')
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    assert "no openmp here" in build.openmp_problem()
+    monkeypatch.delenv("CXX")
+    assert build.openmp_problem() is None
+
+
+FORKED = """
+import os, signal, torch
+from bitnet.ops import packed_linear
+torch.set_num_threads(2)
+x, weight, scale = torch.ones(64, 512), torch.full((512, 128), 0b10101010, dtype=torch.uint8), torch.ones(1, 1)
+expected = packed_linear(x, weight, scale, None, "i2").sum().item()
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    os._exit(packed_linear(x, weight, scale, None, "i2")[0, 0].item() != 512)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED]).returncode == 0
 
 
 @pytest.mark.parametrize("compiler", ["none-such", "false"])

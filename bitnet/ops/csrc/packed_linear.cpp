@@ -38,19 +38,14 @@ EXPORT int bitnet_is_parallel() {
 #endif
 }
 
-// y = rescaled (quantized x) (codes of packed)^T + bias; see bitnet/ops/packed_linear.py for what each argument is.
-// x is [tokens, columns] with x_step elements from row to row; x and y have the type `type`.
-EXPORT int bitnet_packed_linear(
-    const void *x, int64_t tokens, int64_t columns, int64_t x_step, int type, float steps,
-    const uint8_t *packed, int64_t rows, int64_t row_bytes, int layout,
-    const float *scale, int64_t scale_step, const void *bias, int bias_type,
-    void *y, int threads, int tier) {
+// y [tokens, rows] = rescaled (quantized x [tokens, columns]) (codes)^T + bias; see bitnet/ops/packed_linear.py. x and y
+// have the type `type`.
+EXPORT int bitnet_linear(const Linear *l, const void *x, int64_t tokens, int type, void *y, int threads, int tier) {
   if (!bitnet_has_tier(tier)) return NO_SUCH_TIER;
-  if (!tokens || !rows) return DONE;
-  const Linear l = {packed, scale, bias, rows, columns, row_bytes, scale_step, layout, bias_type, steps};
-  char *memory = (char *)aligned_alloc(64, (size_t)memory_for(l, tokens));
+  if (!tokens || !l->rows) return DONE;
+  char *memory = (char *)aligned_alloc(64, (size_t)memory_for(*l, tokens));
   if (!memory) return OUT_OF_MEMORY;
-  multiply(l, x, tokens, x_step, type, y, memory, threads, tier);
+  multiply(*l, x, tokens, l->columns, type, y, memory, threads, tier);
   free(memory);
   return DONE;
 }

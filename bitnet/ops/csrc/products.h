@@ -16,7 +16,7 @@ enum Tier { SCALAR = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, TIERS = 5 };
 constexpr int64_t PARALLEL_FROM = 1 << 18;  // products: waking a second thread takes as long as 0.2 million of them
 constexpr int AMX_FROM = 12;  // tokens: with fewer, most of a tile would be padding
 
-// As bitnet/ops/decoder.py lays it out.
+// As bitnet/ops/native.py lays it out.
 struct Linear {
   const uint8_t *packed;
   const float *scale;
