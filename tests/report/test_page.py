@@ -354,7 +354,8 @@ def test_samples_are_those_of_the_last_step(tmp_path):
 
 
 def test_what_cannot_be_read_beside_a_record_is_noted(tmp_path, quantized):
-    (tmp_path / "layers.csv").write_text("name,relative_error\nx,zero\n")
+    heading = "name,out_features,in_features,bits_per_weight,relative_error,weight_error,seconds\n"
+    (tmp_path / "layers.csv").write_text(heading + "model.layers.3.mlp.up_proj,8,8,4.25,nan,0.01,0.1\n")
     (tmp_path / "samples.md").write_bytes(b"## Step 1\n\n\xff\n")
     (tmp_path / "packed").mkdir()
     path = quantized().write(tmp_path / "run.json")

@@ -4,6 +4,7 @@ Each is bounded: a page shall open on a phone. What is there and cannot be read 
 """
 
 import csv
+import json
 import math
 import re
 from collections import Counter
@@ -54,7 +55,9 @@ def attachments(runs: Sequence[Run], rows: Sequence[Row], notes: list[str], *, c
 
 def _tried(read: Read, path: Path, notes: list[str]) -> dict[str, Any] | None:
     try:
-        return read(path)
+        found = read(path)
+        json.dumps(found, allow_nan=False)  # refuses what is not finite
+        return found
     except InputError as error:
         notes.append(f"Not read: {error}")
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:

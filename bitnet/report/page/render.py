@@ -79,7 +79,7 @@ def write_page(
 
 def page(groups: Sequence[Sequence[Run]], found: Collected, *, title: str, codes: bool) -> str:
     """The whole HTML text."""
-    parts, payload = [], []
+    parts, payload, today = [], [], datetime.now(UTC)
     for number, group in enumerate(groups):
         data, rows = _data(group, found.notes, codes=codes)
         payload.append(data)
@@ -98,7 +98,7 @@ def page(groups: Sequence[Sequence[Run]], found: Collected, *, title: str, codes
         title=html.escape(title),
         policy=html.escape(f"{policy}; base-uri 'none'; form-action 'none'"),
         style=_asset("page.css"),
-        date=datetime.now(UTC).strftime("%-d %B %Y"),
+        date=f"{today.day} {today:%B %Y}",
         counted=html.escape(_counted(groups, found.repeated)),
         notes=_notes(found),
         groups="\n".join(parts),
