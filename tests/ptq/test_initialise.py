@@ -64,6 +64,14 @@ def test_compensation_lowers_the_outputs_error_and_descent_lowers_it_further(qua
     assert errors[2] < 0.98 * errors[1]
 
 
+@pytest.mark.parametrize("name", ["absmean", "absmean row", "lsq4 group"])
+def test_the_descent_gains_by_refitting_scales(name, correlated, monkeypatch):
+    weight, x = correlated
+    refitted = output_error(weight, begun(Compensated(sweeps=4), QUANTIZERS[name], weight, x), x)
+    monkeypatch.setattr("bitnet.ptq.starts._Columns.refit", lambda self, start, values, gradient, hessian: values)
+    assert refitted < 0.999 * output_error(weight, begun(Compensated(sweeps=4), QUANTIZERS[name], weight, x), x)
+
+
 def test_the_loop_is_gptqs_own_on_the_same_grid(correlated):
     """The textbook loop, column by column, whole rest of the matrix after each."""
     weight, x = correlated

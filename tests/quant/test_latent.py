@@ -118,6 +118,27 @@ def test_a_weight_that_was_moved_lies_as_deep_in_its_cell_as_asked_for(depth, pl
     assert (offset * (weight / scale - codes)[moved] > -1e-5).all()  # on the side that it came from
 
 
+@pytest.mark.parametrize("name", ["int4-tensor", "int4-row", "int4-20"])
+def test_a_scale_above_the_covering_one_is_had_by_an_outer_code_that_was_rounded_up_to(name):
+    weight = torch.randn(6, 40)
+    grid = LayerGrid.of(QUANTIZERS[name])
+    scale = grid.stored(grid.covering(weight) * 1.05)  # the largest weight is 6.67 steps
+    codes = nearest_codes(grid, weight, scale)
+    answered = answer(QUANTIZERS[name], latent_weight(grid, weight, codes, scale), scale)
+    assert torch.equal(answered.qdata.float(), codes)
+    torch.testing.assert_close(answered.scale.float(), scale, rtol=2e-6, atol=0)
+
+
+def test_a_ternary_weight_that_became_zero_lies_as_deep_in_its_cell_as_asked_for(weight):
+    grid = LayerGrid.of(absmean_ternary)
+    scale = grid.fit(weight)
+    before = nearest_codes(grid, weight, scale)
+    codes = before * (torch.rand(weight.shape) < 0.7)
+    moved = (before != 0) & (codes == 0)
+    latent = latent_weight(grid, weight, codes, scale, 0.25)
+    torch.testing.assert_close(latent[moved], before[moved] * 0.375 * scale.item(), rtol=1e-5, atol=0)
+
+
 def test_ternary_weights_keep_the_order_of_their_magnitudes():
     weight = torch.randn(64, 48) * 0.02
     grid = LayerGrid.of(absmean_ternary)
