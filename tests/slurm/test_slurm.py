@@ -33,6 +33,9 @@ pytestmark = [
     pytest.mark.skipif(
         bool(missing()), reason=f"no Slurm on this machine ({', '.join(missing())}): apt-get install slurm-wlm munge"
     ),
+    pytest.mark.skipif(
+        "BITNET_TEST_SLURM" not in os.environ, reason="takes 10 minutes, most of them Slurm's: set BITNET_TEST_SLURM=1"
+    ),
 ]
 
 
