@@ -12,22 +12,27 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from bitnet import generation
 from bitnet.errors import InputError
-from bitnet.generation import CachedModel, Completion, Sampling, Statistics, chat_ids, complete, stream
-from bitnet.nn import PackedLinear
-from bitnet.nn.digits import DigitLinear, round_head
-from bitnet.ops import choice
+from bitnet.generation import Sampling
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # and within functions: the help page needs none of it
     from transformers import PreTrainedTokenizerBase
 
     from bitnet.export.reading import Loaded
+    from bitnet.generation import CachedModel, Completion, Statistics, complete, stream
 
 __all__ = ["Completion", "Sampling", "Statistics", "complete", "main", "stream"]
 
 ENDED_BY = {"end": "end of text", "stop": "stop text", "length": "--max-new-tokens", "context": "the context is full"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("Completion", "Statistics", "complete", "stream"):
+        raise AttributeError(f"module 'bitnet.generate' has no attribute {name!r}: it offers {', '.join(__all__)}")
+    return getattr(generation, name)
 
 
 def main(arguments: Sequence[str] | None = None, load: "Callable[[Path], Loaded] | None" = None) -> int:
@@ -54,10 +59,10 @@ class _Speaker:
     seconds: float
     sampling: Sampling
     options: argparse.Namespace
-    cached: CachedModel = field(init=False)
+    cached: "CachedModel" = field(init=False)
 
     def __post_init__(self) -> None:
-        self.cached = CachedModel(self.loaded.model, graph=self.options.graph)
+        self.cached = generation.CachedModel(self.loaded.model, graph=self.options.graph)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -67,7 +72,7 @@ class _Speaker:
 
     def answer(self, prompt: str | Sequence[int]) -> tuple[str, bool]:
         """Write what follows ``prompt``; return it, and whether Ctrl-C ended it."""
-        pieces = stream(self.loaded.model, self.tokenizer, prompt, self.sampling, cached=self.cached)
+        pieces = generation.stream(self.loaded.model, self.tokenizer, prompt, self.sampling, cached=self.cached)
         text, interrupted = "", False
         try:
             for piece in pieces:
@@ -84,7 +89,7 @@ class _Speaker:
             print(self.report(pieces.statistics), file=sys.stderr)
         return text, interrupted
 
-    def report(self, statistics: Statistics) -> str:
+    def report(self, statistics: "Statistics") -> str:
         from bitnet.export.parity import size_of
 
         path, head = self.loaded.path, ", head rounded to int8" if self.options.head == "int8" else ""
@@ -112,6 +117,10 @@ def _run(options: argparse.Namespace, load: "Callable[[Path], Loaded]") -> int:
         _use_threads(options.threads)
     began = time.perf_counter()
     loaded = load(options.path)
+    from bitnet.nn import PackedLinear
+    from bitnet.nn.digits import DigitLinear, round_head
+    from bitnet.ops import choice
+
     if options.head == "int8":
         round_head(loaded.model)
     if any(isinstance(each, PackedLinear | DigitLinear) for each in loaded.model.modules()):
@@ -130,15 +139,17 @@ def _converse(speaker: _Speaker, prompt: str | None) -> int:
     messages = [] if speaker.options.system is None else [{"role": "system", "content": speaker.options.system}]
     if prompt is not None:
         messages.append({"role": "user", "content": prompt})
-        return 130 if speaker.answer(chat_ids(speaker.tokenizer, messages))[1] else 0
-    chat_ids(speaker.tokenizer, [{"role": "user", "content": ""}])  # refuse before the first line is typed
+        return 130 if speaker.answer(generation.chat_ids(speaker.tokenizer, messages))[1] else 0
+    generation.chat_ids(speaker.tokenizer, [{"role": "user", "content": ""}])  # refuse before the first line is typed
     while True:
         print("> ", end="", file=sys.stderr, flush=True)
         line = _from_standard_input(sys.stdin.readline)
         if not line:
             return 0
         messages.append({"role": "user", "content": line.rstrip("\n")})
-        text, _ = speaker.answer(chat_ids(speaker.tokenizer, messages))  # Ctrl-C ends an answer, not the conversation
+        text, _ = speaker.answer(
+            generation.chat_ids(speaker.tokenizer, messages)
+        )  # Ctrl-C ends an answer, not the conversation
         messages.append({"role": "assistant", "content": text})
 
 

@@ -214,3 +214,14 @@ def test_an_output_that_is_full_is_said_in_one_line(folder, flags):
         )
     assert re.fullmatch("error: standard output cannot be written to: .*No space left.*\n", found.stderr)
     assert found.returncode == 1
+
+
+def test_the_help_page_loads_neither_torch_nor_transformers():
+    program = (
+        "import sys, bitnet.generate as g\n"
+        "try: g.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

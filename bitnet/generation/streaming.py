@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 from bitnet.errors import InputError
 from bitnet.generation.cache import CachedModel
+from bitnet.generation.options import Sampling
 from bitnet.generation.prompt import check_ids, context_limit, end_ids, prompt_ids
-from bitnet.generation.sampling import Sampler, Sampling
+from bitnet.generation.sampling import Sampler
 from bitnet.generation.text import Detokenizer, StopFilter
 from bitnet.generation.tokens import new_tokens
 
