@@ -209,7 +209,7 @@ function qualitySpec(rows, published, view, only) {
   const dense = rows.filter((row) => row.kind === "dense" && row.perplexity != null).map((row) => shown(row));
   const lines = height !== "gap" ? dense : anchor ? dense.map((row) => ({ ...row, gap: row.nll - anchor.nll })) : dense.slice(0, 1).map((row) => ({ ...row, gap: 0 }));
   const front = frontOf(points, height), narrow = CHARTS.narrow();
-  const x = bitsAxis([...points, ...published].map((row) => row.bits), "bits per quantized weight, every stored bit counted");
+  const x = bitsAxis([...points, ...published].map((row) => row.bits), narrow ? "bits a weight" : "bits per quantized weight, every stored bit counted");
   const y = heightAxis(rows, anchor, view, [...points, ...lines, ...published].map((row) => row[height]));
   const several = dense.length > 1;
   const words = (row) => height === "gap" && !anchor ? "full precision" : `${several ? row.label : "full precision"}, perplexity ${row.perplexity.toFixed(2)}`;
@@ -241,7 +241,7 @@ function bytesSpec(rows, only) {
     .map((row) => ({ ...shown(row, only), gap: anchor && row.kind === "dense" ? row.nll - anchor.nll : row.gap, size: row.bytes / 1e6 }));
   if (points.length < 2) return null;
   return { ...FIT, height: CHARTS.narrow() ? 300 : 360, layer: [pointLayer(points, looks(points))],
-    encoding: { x: logAxis("size", points.map((row) => row.size), "megabytes of the whole model (10⁶ bytes)"),
+    encoding: { x: logAxis("size", points.map((row) => row.size), CHARTS.narrow() ? "megabytes" : "megabytes of the whole model (10⁶ bytes)"),
       y: heightAxis(rows, anchor, "perplexity", points.map((row) => row[height])) } };
 }
 
@@ -251,19 +251,20 @@ function gapsSpec(rows, only) {
     .map((row) => ({ ...shown(row, only), name: `${row.label} · ${row.bits.toFixed(2)}`, low: row.gap_interval?.[0], high: row.gap_interval?.[1] }));
   if (!found.length) return null;
   const values = found.flatMap((row) => [row.gap, row.low ?? row.gap, row.high ?? row.gap]);
-  const x = gapAxis("gap", values, "nats a token above full precision"), look = looks(found);
+  const x = gapAxis("gap", values, CHARTS.narrow() ? "nats a token" : "nats a token above full precision"), look = looks(found);
+  const names = found.map((row) => row.name); // said, since the layer of intervals does not hold all of them
   return { ...FIT, height: 23 * found.length, data: { values: found },
     layer: [
       { data: { values: [{}] }, mark: { type: "rule", color: "var(--dense)", strokeDash: [5, 3] }, encoding: { x: { datum: 0 } } },
       { transform: [{ filter: "isValid(datum.low)" }], mark: { type: "rule", strokeWidth: 2.5, strokeCap: "round" },
-        encoding: { opacity: { condition: { test: "datum.off", value: 0.08 }, value: 0.55 }, y: nameAxis(), x: { ...x, field: "low" }, x2: { field: "high" }, color: look.color, tooltip: TIP } },
+        encoding: { opacity: { condition: { test: "datum.off", value: 0.08 }, value: 0.55 }, y: nameAxis(names), x: { ...x, field: "low" }, x2: { field: "high" }, color: look.color, tooltip: TIP } },
       { mark: { type: "point", filled: true, stroke: "var(--bg)", strokeWidth: 0.8 },
-        encoding: { y: nameAxis(), x, ...look, size: { value: 90 }, opacity: { condition: { test: "datum.off", value: 0.12 }, value: 1 }, tooltip: TIP, description: { field: "label" } } },
+        encoding: { y: nameAxis(names), x, ...look, size: { value: 90 }, opacity: { condition: { test: "datum.off", value: 0.12 }, value: 1 }, tooltip: TIP, description: { field: "label" } } },
     ] };
 }
 
-function nameAxis() {
-  return { field: "name", type: "nominal", sort: null, title: "result · bits a weight",
+function nameAxis(names) {
+  return { field: "name", type: "nominal", sort: names, title: "result · bits a weight",
     axis: { labelLimit: CHARTS.narrow() ? 185 : 330, labelFontSize: CHARTS.narrow() ? 11 : 12, ticks: false, domain: false, grid: true, labelColor: "var(--ink)",
       titleAngle: 0, titleAlign: "left", titleAnchor: "start", titleY: -8, titleX: CHARTS.narrow() ? -120 : -180 } };
 }

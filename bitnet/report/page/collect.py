@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from bitnet.errors import InputError
@@ -39,7 +40,7 @@ TYPES: dict[Any, tuple[str, ...]] = {
         *("nll", "perplexity", "bits_per_byte", "gap", "kl", "claimed_bits", "quantized_share"),
         *("top1_agreement", "quantize_seconds"),
     ),
-    dict | None: ("evaluation",),
+    (dict, NoneType): ("evaluation",),
 }
 PLACES = ("cache_dir", "dry_run", "output_dir", "resume", "threads")  # keys of a configuration that change no result
 
