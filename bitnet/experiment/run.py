@@ -129,9 +129,10 @@ def _run_arm(cfg: DictConfig, directory: Path) -> list[RunRecord]:
     model = _build_model(cfg, data)
     if not cfg.ptq:  # what it quantizes to is not there yet
         refuse_exports(cfg, model, data)
+    distillation = _distillation(cfg, data, model)  # a teacher is refused before the weights to start from are found
     start_from(cfg, directory / LAST, data, model)
     with open_loggers(cfg, directory) as loggers:
-        fit = _fit(cfg, directory, data, model, loggers) if cfg.fit else Fit(0, 0, None)
+        fit = _fit(cfg, directory, data, model, loggers, distillation) if cfg.fit else Fit(0, 0, None)
         if process_rank() != 0:
             return []  # what follows is one process's work
         model = model.cpu() if not torch.cuda.is_available() else model.cuda()
@@ -204,7 +205,14 @@ def _build_model(cfg: DictConfig, data: TextDataModule) -> Any:
     return model
 
 
-def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Module, loggers: "Sequence[Logger]") -> Fit:
+def _fit(
+    cfg: DictConfig,
+    directory: Path,
+    data: TextDataModule,
+    model: nn.Module,
+    loggers: "Sequence[Logger]",
+    distillation: Distillation | None,
+) -> Fit:
     adapted = build(cfg.lora)(model) if cfg.get("lora") else []
     model.train()  # one from a folder comes in evaluation mode, its dropout switched off
     module = LanguageModelingModule(
@@ -213,7 +221,7 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
         build(cfg.schedule),
         total_steps=cfg.trainer.max_steps,
         compile=cfg.compile,
-        distillation=_distillation(cfg, data),
+        distillation=distillation,
     )
     module.bytes_per_token = data.bytes_per_token
     module.tokenizer_fingerprint = data.tokenizer_hash
@@ -237,8 +245,8 @@ def _fit(cfg: DictConfig, directory: Path, data: TextDataModule, model: nn.Modul
     return Fit(trainer.global_step, module.tokens, module.mean_tokens_per_s)
 
 
-def _distillation(cfg: DictConfig, data: TextDataModule) -> Distillation | None:
-    """The teacher that the configuration names; one whose folder has another tokenizer is refused."""
+def _distillation(cfg: DictConfig, data: TextDataModule, model: nn.Module) -> Distillation | None:
+    """The teacher that the configuration names; one that cannot teach ``model``, or has other tokens, is refused."""
     if not cfg.get("distill"):
         return None
     teacher = Path(cfg.distill.teacher)
@@ -250,6 +258,7 @@ def _distillation(cfg: DictConfig, data: TextDataModule) -> Distillation | None:
                 f"here): use the teacher's own (data.tokenizer.path={teacher}), or another teacher"
             )
     distillation: Distillation = build(cfg.distill)
+    distillation.check(model)
     batches = cfg.trainer.max_steps * cfg.trainer.accumulate_grad_batches
     distillation.reserve(batches, cfg.data.batch_size * cfg.data.block_size)
     return distillation

@@ -233,9 +233,7 @@ class Distillation:
             raise InputError("distill.cache keeps logits alone: leave out distill.hidden and distill.relations, or it")
         if teacher is None:
             raise InputError("distill.teacher is missing: give the directory of a trained model")
-        from bitnet.models import from_directory  # brings transformers
-
-        model = cast(nn.Module, teacher if isinstance(teacher, nn.Module) else from_directory(teacher))
+        model = teacher if isinstance(teacher, nn.Module) else _read(teacher)
         self.teacher = model.to(DTYPES[dtype]).eval().requires_grad_(False)
         self.cross_entropy = cross_entropy
         self._student, self._teacher = Taps(), Taps()
@@ -317,6 +315,14 @@ class Distillation:
 
     def _places(self, model: nn.Module) -> dict[str, nn.Module]:
         return {key: place for term in self.terms.values() for key, place in term.places(model).items()}
+
+
+def _read(directory: str | Path) -> nn.Module:
+    from bitnet.models import from_directory  # brings transformers
+
+    if not (Path(directory) / "config.json").is_file():
+        raise InputError(f"distill.teacher must be a Hugging Face directory with a config.json, got {directory}")
+    return cast(nn.Module, from_directory(directory))
 
 
 def _pair(student: Seen, teacher: Seen, name: str) -> tuple[Tensor, Tensor]:

@@ -175,13 +175,18 @@ class AnswerStore:
     def _claim(self, identity: dict[str, Any]) -> None:
         path = self._folder / IDENTITY
         if not path.exists():
-            self._folder.mkdir(parents=True, exist_ok=True)
             try:
+                self._folder.mkdir(parents=True, exist_ok=True)
                 with new_file(path) as partial:
                     partial.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
             except InputError:  # another process was faster: its file is read
                 if not path.exists():
                     raise
+            except OSError as error:
+                raise InputError(
+                    f"distill.cache.directory must be a folder that can be written, got {self._folder}: "
+                    f"{error.strerror or error}"
+                ) from error
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             others = sorted(key for key in identity if found.get(key) != identity[key])

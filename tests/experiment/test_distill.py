@@ -53,3 +53,14 @@ def test_a_cache_that_the_run_would_outgrow_is_refused_before_it_begins(tiny, te
     cache = [f"distill.cache.directory={tmp_path / 'answers'}", "distill.cache.limit=1e5"]
     with pytest.raises(InputError, match=r"the teacher's answers to 6 batches of 64 tokens need 0.00 GB more"):
         run(tiny(*started_from(teacher), "distill=logits", *cache))
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_a_teacher_that_cannot_teach_is_refused_before_the_weights_to_start_from_are_found(
+    tiny, teacher, monkeypatch, tmp_path
+):
+    monkeypatch.setattr("bitnet.experiment.run.start_from", lambda *_: pytest.fail("it was too late"))
+    with pytest.raises(InputError, match=r"distill\.teacher must be a Hugging Face directory"):
+        run(tiny(*started_from(teacher), "init=mse", "distill=logits", f"distill.teacher={tmp_path / 'none'}"))
+    with pytest.raises(InputError, match=r"layers are -2 \.\.\. 1 in .*, got 7"):
+        run(tiny(*started_from(teacher), "init=mse", "distill=bitdistill", "distill.relations.layer=7"))

@@ -192,6 +192,7 @@ def test_the_frozen_base_of_adapters_is_in_memory_once():
         (lambda: Distillation(build(), hidden=HiddenStates(layers=(2,))), r"layers are -2 \.\.\. 1 in LlamaFor.*got 2"),
         (lambda: Distillation(build(), relations=AttentionRelations(projections=("c_attn",))), "one layer 'c_attn'"),
         (lambda: Distillation(None, logits=LogitKL()), "distill.teacher is missing"),
+        (lambda: Distillation("no/folder", logits=LogitKL()), "distill.teacher must be a Hugging Face dir.* no/folder"),
         (lambda: Distillation(build()), "give logits, hidden or relations"),
         (lambda: Distillation(build(), logits=LogitKL(), dtype="float16"), "dtype must be one of float32, bfloat16"),
         (lambda: Distillation(build(), logits=LogitKL(), cross_entropy=-1), "cross_entropy must be 0 or more"),

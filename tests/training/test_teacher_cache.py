@@ -195,6 +195,15 @@ def test_a_folder_whose_identity_is_damaged_is_refused(tmp_path):
         distillation(tmp_path / "cache")
 
 
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "answers"):
+        with pytest.raises(
+            InputError, match=r"distill\.cache\.directory must be a folder that can be written, got .*file"
+        ):
+            distillation(path)
+
+
 def test_a_run_that_the_limit_or_the_disk_does_not_hold_is_refused_before_it_begins(tmp_path, monkeypatch):
     size = 24 * VOCABULARY * 4
     distilled = distillation(tmp_path / "cache", limit=3 * size)
