@@ -190,8 +190,11 @@ def matching(names: Iterable[str], patterns: Sequence[str], what: str) -> set[st
     """The names that a pattern matches, whole or their end.
 
     Raises:
-        InputError: a pattern that matches none; ``what`` names the setting it stands in.
+        InputError: no list of patterns, or one that matches none; ``what`` names the setting it stands in.
     """
+    given: object = patterns  # a string is a sequence of patterns, of one letter each
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        raise InputError(f"{what} must be a list of patterns, such as [q_proj, layers.0.*], got {given!r}")
     names = list(names)
     found: set[str] = set()
     for pattern in patterns:

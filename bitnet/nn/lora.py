@@ -56,6 +56,8 @@ class LatentLoRA:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1:
             raise InputError(f"lora.rank must be a positive whole number, got {self.rank!r}")
+        if type(self.seed) is not int:
+            raise InputError(f"lora.seed must be a whole number, got {self.seed!r}")
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise InputError(f"lora.alpha must be a positive number, got {self.alpha!r}")
 
@@ -74,6 +76,8 @@ class LatentLoRA:
         if lora_layers(model):
             raise InputError("the model has adapters already: merge them first (bitnet.nn.merge_lora)")
         chosen = matching(layers, self.include, "lora.include")
+        if not chosen:
+            raise InputError("lora.include must name a layer or more, such as [q_proj, v_proj], got []")
         for name in layers:
             sides = layers[name].out_features, layers[name].in_features
             if name in chosen and self.rank > min(sides):

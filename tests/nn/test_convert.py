@@ -55,6 +55,12 @@ def test_patterns_choose_layers_by_the_end_of_their_names(include, exclude, expe
     assert bitnet.convert(Model(), include=include, exclude=exclude) == expected
 
 
+@pytest.mark.parametrize("options", [{"include": "q_proj"}, {"exclude": "q_proj"}, {"include": None}])
+def test_patterns_that_are_no_list_are_refused_and_no_letter_is_taken_for_one(options):
+    with pytest.raises(InputError, match=r"(in|ex)clude must be a list of patterns, such as \[q_proj, layers"):
+        bitnet.convert(Model(), **options)
+
+
 @pytest.mark.parametrize(("include", "exclude"), [(["v_proj"], None), (["*"], ["v_proj"])])
 def test_a_pattern_that_matches_nothing_is_an_error(include, exclude):
     with pytest.raises(InputError, match=r"pattern 'v_proj' matches none of the linear layers: layers\.0"):

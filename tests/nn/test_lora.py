@@ -170,6 +170,9 @@ def test_a_base_has_the_name_it_had_before():
     [
         ({"rank": 25}, r"at most the smaller side of each layer, got 25 and up with \[40, 24\]"),
         ({"include": ["q_proj"]}, "lora.include pattern 'q_proj' matches none"),
+        ({"include": "up"}, r"lora.include must be a list of patterns, such as \[q_proj, layers.0.\*\], got 'up'"),
+        ({"include": None}, "lora.include must be a list of patterns.* got None"),
+        ({"include": []}, r"lora.include must name a layer or more, such as \[q_proj, v_proj\], got \[\]"),
     ],
 )
 def test_what_fits_no_layer_is_refused_and_nothing_is_changed(options, message):
@@ -185,6 +188,11 @@ def test_what_fits_no_layer_is_refused_and_nothing_is_changed(options, message):
 def test_values_out_of_range_are_refused(options):
     with pytest.raises(InputError, match=f"lora.{next(iter(options))} must be a positive"):
         LatentLoRA(**options)
+
+
+def test_a_seed_that_is_no_number_is_refused():
+    with pytest.raises(InputError, match=r"lora\.seed must be a whole number, got 'abc'"):
+        LatentLoRA(seed="abc")  # pyright: ignore
 
 
 def test_a_dense_model_an_adapted_one_and_one_without_adapters_are_refused():
