@@ -76,10 +76,11 @@ class WarmUp:
         if self.shape not in SHAPES:
             raise InputError(f"warmup.shape must be one of {', '.join(SHAPES)}, got {self.shape!r}")
         for name, ends in (("weight", self.weight), ("input", self.input)):
-            if len(ends) != 2 or not all(_is_time(end) for end in ends):
+            if not _is_pair(ends):
+                given = list(ends) if isinstance(ends, Sequence) and not isinstance(ends, str) else ends
                 raise InputError(
-                    f"warmup.{name} must be where it begins and where it ends, each a share of the run below 1 or a "
-                    f"whole number of steps, got {list(ends)}"
+                    f"warmup.{name} must be where it begins and where it ends, such as [0, 0.2], each a share of the "
+                    f"run below 1 or a whole number of steps, got {given!r}"
                 )
         if self.narrow is not None and not (_is_time(self.narrow) and self.narrow > 0):
             raise InputError(
@@ -181,6 +182,11 @@ class QuantizationWarmup(Callback):
 def warming_up(module: LightningModule) -> bool:
     """Whether a layer is quantized in part, or its inputs have more bits than in the end."""
     return any(layer.warming_up for _, layer in bit_linears(module))
+
+
+def _is_pair(ends: Any) -> bool:
+    whole = isinstance(ends, Sequence) and not isinstance(ends, str) and len(ends) == 2
+    return whole and all(_is_time(end) for end in ends)
 
 
 def _is_time(end: Any) -> bool:
