@@ -192,7 +192,7 @@ def matching(names: Iterable[str], patterns: Sequence[str], what: str) -> set[st
     Raises:
         InputError: no list of patterns, or one that matches none; ``what`` names the setting it stands in.
     """
-    given: object = patterns  # a string is a sequence of patterns, of one letter each
+    given = cast(object, patterns)  # a string is a sequence of patterns, of one letter each
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"{what} must be a list of patterns, such as [q_proj, layers.0.*], got {given!r}")
     names = list(names)

@@ -62,7 +62,7 @@ def test_a_warm_up_without_length_is_a_switch():
         (lambda: WarmUp(weight=[0.2]), r"warmup.weight must be where it begins and where it ends"),
         (lambda: WarmUp(weight=0.2), r"warmup.weight must be where it begins .* such as \[0, 0.2\].* got 0.2"),  # pyright: ignore
         (lambda: WarmUp(input=None), r"warmup.input must be where it begins .* got None"),  # pyright: ignore
-        (lambda: WarmUp(input="05"), r"warmup.input must be where it begins .* got '05'"),
+        (lambda: WarmUp(input="05"), r"warmup.input must be where it begins .* got '05'"),  # pyright: ignore
         (lambda: WarmUp(input=[0, 10.5]), r"warmup.input must be .* got \[0, 10.5\]"),
         (lambda: WarmUp(input=[-1, 5]), "warmup.input must be"),
         (lambda: WarmUp(weight=[0, float("nan")]), "warmup.weight must be"),
