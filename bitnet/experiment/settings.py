@@ -259,8 +259,8 @@ def _claimed(cfg: DictConfig) -> Path:
 
 
 def discard_if_unused(directory: Path) -> None:
-    """Remove a claimed folder that holds its settings and no other file: the run was refused before it began."""
-    if [path.name for path in directory.rglob("*") if path.is_file()] == [SETTINGS]:
+    """Remove a claimed folder that holds nothing but its settings: the run was refused before it began."""
+    if {path.name for path in directory.rglob("*") if path.is_file()} <= {SETTINGS, "hparams.yaml"}:  # Lightning's copy
         shutil.rmtree(directory)
 
 

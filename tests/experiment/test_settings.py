@@ -105,6 +105,7 @@ def test_every_choice_of_every_group_names_constructors_and_their_parameters(tin
     beside = {"model=hf": ["model.path=x"], "size=none": ["model.path=x"], "quantizer=none": ["model=dense"]}
     beside |= {f"distill={name}": ["distill.teacher=x"] for name in ("logits", "bitdistill")}
     beside["activation=none"] = ["model=dense"]  # what model=dense chooses by itself
+    beside["lora=latent"] = ["model.path=x", "size=none"]
     beside["warmup=a8_a4"] = ["activation=a4", "warmup.narrow=4"]
     if choice.startswith("ptq=") or choice == "activation=static":
         beside[choice] = ["model=dense", *(["ptq=absmax"] if choice == "activation=static" else [])]

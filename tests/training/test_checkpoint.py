@@ -137,5 +137,5 @@ def test_a_checkpoint_that_fits_says_nothing(tmp_path):
     last = _fit(tmp_path, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        warnings.filterwarnings("ignore", message=".*(does not have many workers|__len__|epoch ended).*")
+        warnings.filterwarnings("ignore", message=".*(does not have many workers|__len__|epoch ended|srun).*")
         _fit(tmp_path, 2, resume=last)
