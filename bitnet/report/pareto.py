@@ -99,7 +99,7 @@ def _points(records: Sequence[RunRecord]) -> tuple[list[Point], float | None, bo
         for record, height in zip(shown, heights, strict=True)
     ]
     full = next((record.perplexity for record in measured if is_full_precision(record)), None)
-    if full is None and by_gap and shown[0].nll is not None:
+    if by_gap and shown[0].nll is not None:  # what the gaps are to, and no control that was trained on
         full = math.exp(shown[0].nll - points[0].height)
     return points, full, by_gap
 

@@ -81,6 +81,12 @@ def test_full_precision_is_a_line_and_no_point(quantized, tmp_path, labels):
     assert labels()[-2].get_text() == "full precision, perplexity 40.00"
 
 
+def test_a_control_that_was_trained_on_is_not_what_gaps_are_to(quantized, tmp_path, labels):
+    records = [quantized("dense", 32.0, -0.1), quantized("gptq", 4.25, 0.01)]
+    pareto(records, tmp_path / "pareto.png")
+    assert [note.get_text() for note in labels()] == ["full precision, perplexity 40.00", "gptq"]
+
+
 @pytest.mark.parametrize("gaps", [(0.0, 0.0), (-0.01, 0.2), (-0.5, -0.4), (None, None), (1e-7, 3.0)])
 def test_any_gaps_can_be_drawn(quantized, tmp_path, gaps):
     records = [quantized(f"method {bits}", float(bits), gap) for bits, gap in zip((2, 4), gaps, strict=True)]
