@@ -285,6 +285,23 @@ def test_the_rival_is_the_best_within_half_a_bit_and_not_the_smallest(quantized,
     assert "in 2.00 bits" in said.claim
 
 
+def test_the_headline_is_of_the_trained_model_that_is_furthest_ahead(quantized, dense):
+    four = trained(quantized, method="qat4 frozen", gap=0.001, bits=4.125)
+    after = [quantized(gap=0.2), quantized(method="kquant", gap=0.01, bits=4.5)]
+    said = headline_of([dense, four, trained(quantized, gap=0.05), *after])
+    assert said.claim.startswith("Training in 1.62 bits beats gptq in 2.15 bits by 0.150 nats")
+
+
+def test_a_control_that_trained_on_is_named_beside_the_trained_model(quantized, dense):
+    ours = trained(quantized, gap=0.05, train_tokens=1000)
+    assert ours.nll is not None
+    control = quantized(method="dense", bits=32.0, nll=ours.nll - 0.07, gap=None, perplexity=43.2, train_tokens=1000)
+    said = headline_of([dense, control, ours, quantized(gap=0.2)])
+    assert "a perplexity of 43.20: bitnet158 is 0.070 nats above that." in said.support[1]
+    longer = dataclasses.replace(control, train_tokens=9000)
+    assert not any("the same tokens" in each for each in headline_of([dense, longer, ours, quantized()]).support)
+
+
 def test_a_difference_without_both_intervals_has_none(quantized, dense):
     one, other = rows([dense, trained(quantized, half=None), quantized()])[1:]
     assert difference_interval(one, other) is None

@@ -34,7 +34,7 @@ def headline(rows: Sequence[Row]) -> Headline:
     measured = [row for row in rows if row.nll is not None]
     trained, after = _of(measured, QAT), _of(measured, PTQ)
     if trained and after:
-        return _compared(trained, after)
+        return _compared(trained, after, _of(measured, DENSE))
     if after:
         return _post_training(after)
     if trained:
@@ -82,16 +82,34 @@ def nats(value: float) -> str:
     return f"{value:.3f}" if abs(value) >= 0.0095 else f"{value:.2g}"
 
 
-def _compared(trained: Sequence[Row], after: Sequence[Row]) -> Headline:
-    """The best trained model against the best post-training result of its size or a little above."""
-    best = min(trained, key=_loss)
-    rivals = [row for row in after if row.bits <= best.bits + NEXT_SIZE]
-    rival = min(rivals, key=_loss) if rivals else min(after, key=lambda row: (row.bits, _loss(row)))
+def _compared(trained: Sequence[Row], after: Sequence[Row], dense: Sequence[Row]) -> Headline:
+    """The trained model that is furthest ahead of the best post-training result of its size or a little above."""
+
+    def rival_of(row: Row) -> Row:
+        rivals = [each for each in after if each.bits <= row.bits + NEXT_SIZE]
+        return min(rivals, key=_loss) if rivals else min(after, key=lambda each: (each.bits, _loss(each)))
+
+    best = max(trained, key=lambda row: (_loss(rival_of(row)) - _loss(row), -_loss(row)))
+    rival = rival_of(best)
     ahead = _loss(rival) - _loss(best)  # > 0: training is better
     support = [_sentence(best), _sentence(rival), _difference(ahead, difference_interval(rival, best))]
     if all(row.bits > best.bits + SAME_SIZE for row in after):
         support.append(f"No post-training result here takes as few bits as {best.label}.")
-    return Headline(_claim(best, rival, ahead), [" ".join(support), *_lossless(after)])
+    return Headline(_claim(best, rival, ahead), [" ".join(support), *_beside_control(best, dense), *_lossless(after)])
+
+
+def _beside_control(best: Row, dense: Sequence[Row]) -> list[str]:
+    """What the tokens alone are worth: the original, trained on in full precision, where a gap is not to it anyway."""
+    for row in dense:
+        is_reference = best.gap is not None and abs(_loss(best) - best.gap - _loss(row)) < 1e-9
+        if row.train_tokens == best.train_tokens > 0 and not is_reference:
+            apart = _loss(best) - _loss(row)
+            side = "above" if apart >= 0 else "below"
+            return [
+                f"Trained on with the same tokens in full precision, the model has a perplexity of "
+                f"{row.perplexity:.2f}: {best.label} is {nats(abs(apart))} nats {side} that."
+            ]
+    return []
 
 
 def _claim(best: Row, rival: Row, ahead: float) -> str:
