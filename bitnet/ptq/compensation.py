@@ -17,8 +17,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bitnet.errors import InputError
+
 OUTER = 128  # columns whose errors go to the rest of the matrix in one product
 INNER = 32  # columns that update each other one by one
+
+
+def check_compensation(damping: float, correction: float, sweeps: int, *, prefix: str = "") -> None:
+    """Raise InputError for options that no compensation takes; ``prefix`` stands in front of their names."""
+    if not 0 < damping <= 1:
+        raise InputError(f"{prefix}damping must be above 0 and at most 1 (of the mean diagonal), got {damping}")
+    if not 0 <= correction <= 1:
+        raise InputError(f"{prefix}correction must be between 0 (off) and 1, got {correction}")
+    if type(sweeps) is not int or sweeps < 0:
+        raise InputError(f"{prefix}sweeps must be a whole number, 0 or more, got {sweeps!r}")
 
 
 class ColumnGrid(Protocol):

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitnet.errors import InputError
-from bitnet.ptq.compensation import compensate, sweep
+from bitnet.ptq.compensation import check_compensation, compensate, sweep
 from bitnet.ptq.protocol import LayerStats, Statistic
 from bitnet.quant import QTensor
 from bitnet.quant.grid import SCALE_DTYPES, Grid
@@ -69,12 +69,7 @@ class GPTQ:
                 "groups=dynamic in the order of the activations would scatter a group over the row and need an index "
                 "for each column: use groups=static, or order=grouped"
             )
-        if not 0 < self.damping <= 1:
-            raise InputError(f"damping must be above 0 and at most 1 (of the mean diagonal), got {self.damping}")
-        if not 0 <= self.correction <= 1:
-            raise InputError(f"correction must be between 0 (off) and 1, got {self.correction}")
-        if type(self.sweeps) is not int or self.sweeps < 0:
-            raise InputError(f"sweeps must be a whole number, 0 or more, got {self.sweeps!r}")
+        check_compensation(self.damping, self.correction, self.sweeps)
 
     @property
     def _grid(self) -> Grid:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bitnet.errors import InputError
-from bitnet.ptq.compensation import compensate, sweep
+from bitnet.ptq.compensation import check_compensation, compensate, sweep
 from bitnet.ptq.gptq import column_order, corrected_target
 from bitnet.ptq.protocol import LayerStats, PTQMethod, Statistic
 from bitnet.quant.grouping import group_size_of
@@ -109,12 +109,7 @@ class Compensated:
 
     def __post_init__(self) -> None:
         check_depth(self.depth)
-        if not 0 < self.damping <= 1:
-            raise InputError(f"init.damping must be above 0 and at most 1 (of the mean diagonal), got {self.damping}")
-        if not 0 <= self.correction <= 1:
-            raise InputError(f"init.correction must be between 0 (off) and 1, got {self.correction}")
-        if type(self.sweeps) is not int or self.sweeps < 0:
-            raise InputError(f"init.sweeps must be a whole number, 0 or more, got {self.sweeps!r}")
+        check_compensation(self.damping, self.correction, self.sweeps, prefix="init.")
 
     @property
     def requires(self) -> frozenset[Statistic]:

@@ -185,9 +185,8 @@ def body_problems(architecture: Architecture, model: nn.Module) -> Iterator[str]
     yield from rotary_problems(model)
     learned = {f"{name}.scale" for name, module in model.named_modules() if isinstance(module, LearnedScale)}
     lost = [name for name in model.state_dict() if name not in learned and not architecture.gguf_name(_parameter(name))]
-    biases = [name for name in lost if name.endswith(".bias")]
-    for what, names in (("biases there", biases), ("such a tensor", [name for name in lost if name not in biases])):
-        if names:
+    for what, is_bias in (("biases there", True), ("such a tensor", False)):
+        if names := [name for name in lost if name.endswith(".bias") is is_bias]:
             yield f"{names[0]} has no place ({len(names)} in all): the architecture {architecture.name} has no {what}"
     if config.tie_word_embeddings and not _is_tied(model):
         yield "the config ties head and embedding, and they are two tensors: set config.tie_word_embeddings=False"
