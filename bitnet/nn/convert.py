@@ -196,6 +196,8 @@ def matching(names: Iterable[str], patterns: Sequence[str], what: str) -> set[st
     if isinstance(given, str) or not isinstance(given, Iterable):
         raise InputError(f"{what} must be a list of patterns, such as [q_proj, layers.0.*], got {given!r}")
     names = list(names)
+    if patterns and not names:
+        raise InputError(f"the model has no linear layers that {what} could choose from: there is nothing to quantize")
     found: set[str] = set()
     for pattern in patterns:
         hits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}

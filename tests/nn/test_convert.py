@@ -117,3 +117,8 @@ def test_a_layer_alone_is_told_how_to_be_replaced():
 def test_freezing_a_dense_model_is_an_error():
     with pytest.raises(InputError, match="no BitLinear to freeze"):
         bitnet.freeze(Model())
+
+
+def test_a_model_without_linear_layers_is_refused_in_these_words():
+    with pytest.raises(InputError, match="the model has no linear layers"):
+        bitnet.convert(nn.Sequential(nn.LayerNorm(4), nn.ReLU()))
