@@ -30,7 +30,7 @@ def native() -> Native:
 @pytest.mark.parametrize("layout", ["i2", "t5", "b1"])
 def test_every_tier_of_this_processor_gives_the_references_bits(native, tier, layout):
     if tier not in native.tiers:
-        pytest.skip(f"this processor has no {tier}; the emulation below runs it (issue 6)")
+        pytest.skip(f"this processor has no {tier}; the emulation below runs it")
     for rows in (1, 2, 3, 8, 17, 37):
         for columns, out in ((1, 1), (319, 66), (1285, 35)):
             codes = torch.randint(0, 2, (out, columns), dtype=torch.int8) * 2 - 1
@@ -84,7 +84,7 @@ def test_tiers_are_exact_and_clean_under_sanitizers_with_what_is_missing_emulate
 def test_the_neon_tier_is_exact_under_qemu(tmp_path):
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     if not compiler or not emulator:
-        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user (issue 6)")
+        pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")
     run([compiler, "-O2", "-static", *CHECK, "-o", str(tmp_path / "check")])
     assert "neon: 210 cases, 0 differences" in run([emulator, "-cpu", "max", str(tmp_path / "check")])
     assert "neon did not run" in run([emulator, "-cpu", "cortex-a53", str(tmp_path / "check")])  # has no dot product

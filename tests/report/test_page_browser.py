@@ -10,11 +10,11 @@ import pytest
 
 from bitnet.report.page import write_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (issue 8)")
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium (issue 8)"),
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH: apt-get install chromium"),
 ]
 
 EVALUATION = {"text": "joined", "text_hash": "ab" * 32, "window": 256, "stride": 256, "predicted_tokens": 59765}

@@ -100,8 +100,8 @@ def _points(rows: Sequence[dict[str, str]], column: str, tokens: dict[str, str])
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """A running mean over a fortieth of the run: single batches scatter more than runs differ."""
-    width = max(1, len(points) // 40)
+    """The mean of the last tenth of the run at every point: single batches scatter more than runs differ."""
+    width = max(1, len(points) // 10)
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)

@@ -25,7 +25,7 @@ function layersSpec(entry, shades) {
   const layers = [{ mark: { type: "rect", stroke: "var(--bg)", strokeWidth: 2 },
     encoding: { tooltip: TIP, description: { field: "hover.title" },
       color: { field: "level", type: "ordinal", scale: { domain: levels, range: levels.map((each) => `var(--h${each})`) },
-        legend: { title: `${entry.measure} error, from`, orient: "bottom", direction: "horizontal", columns: narrow ? 4 : LEVELS, symbolType: "square", symbolSize: 220, symbolStrokeWidth: 0,
+        legend: { title: `${entry.measure} error, from`, orient: "bottom", direction: "horizontal", columns: narrow ? 3 : LEVELS, symbolType: "square", symbolSize: 220, symbolStrokeWidth: 0,
           labelExpr: `[${levels.map((each) => `'${errorText(shades.from(each))}'`).join(",")}][datum.value]` } } } }];
   if (blocks.length <= (narrow ? 6 : 16))
     layers.push({ mark: { type: "text", fontSize: narrow ? 9.5 : 11 }, encoding: { text: { field: "text" },

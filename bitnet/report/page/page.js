@@ -84,7 +84,7 @@ class Group {
 
   async layers() {
     const entry = this.data.layers.find((each) => each.id === Number(this.node.querySelector('[data-run="layers"]').value));
-    if (entry) this.note("layers", { output: "Squared error of each layer's outputs on the calibration text, as a share of their square.",
+    if (entry) this.note("layers", `${this.data.rows[entry.id].label}, ${this.data.rows[entry.id].bits.toFixed(2)} bits. ` + { output: "Squared error of each layer's outputs on the calibration text, as a share of their square.",
       weight: "Squared error of each layer's weights, as a share of their square." }[entry.measure] + " The shades are the same for every result.");
     await this.embed("layers", entry && this.shades[entry.measure] ? layersSpec(entry, this.shades[entry.measure]) : null);
   }

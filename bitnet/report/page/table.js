@@ -13,7 +13,7 @@ const COLUMNS = [
   { key: "kl", name: "KL", show: (row) => number(row.kl, 4), narrow: "hide" },
   { key: "top1", name: "top-1", show: (row) => row.top1 == null ? "—" : `${(100 * row.top1).toFixed(1)} %`, narrow: "hide" },
   { key: "bytes", name: "MB", show: (row) => (row.bytes / 1e6).toFixed(2) },
-  { key: "train_tokens", name: "tokens trained", show: (row) => row.train_tokens ? row.train_tokens.toLocaleString("en") : "—", narrow: "hide" },
+  { key: "train_tokens", name: "tokens", show: (row) => row.train_tokens ? row.train_tokens.toLocaleString("en") : "—", narrow: "hide" },
   { key: "quantize_seconds", name: "quantize s", show: (row) => number(row.quantize_seconds, 1), narrow: "hide" },
 ];
 
@@ -92,7 +92,7 @@ class RunTable {
     this.body.replaceChildren(...shown.flatMap((row) => this.lines(row)));
     const all = this.rows.length;
     this.section.querySelector("[data-count]").textContent = (found.length === all ? `${all} results` : `${found.length} of ${all} results`)
-      + (found.length > shown.length ? `, the first ${shown.length} shown` : "") + ". Open a row for the command that made it.";
+      + (found.length > shown.length ? `, the first ${shown.length} shown` : "") + ".";
     this.more.hidden = found.length <= shown.length;
     this.more.textContent = `Show ${Math.min(found.length - shown.length, PAGE_ROWS * 5)} more`;
   }
