@@ -178,3 +178,8 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def readable_bytes(number: float) -> str:
+    """``1_500_000`` as ``1.5 MB``: what a person is told of a size."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"

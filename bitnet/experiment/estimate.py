@@ -13,6 +13,7 @@ from torch import nn
 from bitnet.data.tokenizer import TokenizerSpec, read_tokenizer
 from bitnet.experiment.settings import build, build_model
 from bitnet.export.doctor import TARGETS, diagnose
+from bitnet.files import readable_bytes
 from bitnet.models import diagnose_conversion
 from bitnet.nn import BitLinear, bit_linears, merge_lora
 from bitnet.nn.linears import weight_of
@@ -21,7 +22,12 @@ from bitnet.ptq.blocks import find_blocks, linears_of
 
 NOT_CODES = {"dequantized", "auto"}  # options of formats that hold values where there are codes, or choose themselves
 BYTES_OF_LIBRARIES = 600_000_000  # resident in a run of this package before it has a model (docs/lab-notes.md)
-BYTES_A_TRAINED_PARAMETER = 16  # float32: the value, its gradient, and AdamW's two averages
+BYTES_OF_A_WEIGHT_AND_GRADIENT = 8  # float32
+BYTES_OF_AVERAGES = {
+    "adamw": 8,
+    "adamw8bit": 2,
+    "adafactor": 0,
+}  # a parameter; not Adafactor's rows and columns
 
 
 def print_estimate(cfg: DictConfig, console: Console) -> None:
@@ -47,7 +53,8 @@ def memory_of_a_run(cfg: DictConfig) -> int:
     parameters = sum(p.numel() for p in model.parameters())
     tokens = cfg.data.batch_size * cfg.data.block_size
     logits = 3 * 4 * tokens * model.get_output_embeddings().weight.shape[0]  # float32: they, their softmax and gradient
-    return BYTES_OF_LIBRARIES + (BYTES_A_TRAINED_PARAMETER + 4) * parameters + _activation_bytes(model, tokens) + logits
+    weights = (_bytes_a_trained_parameter(cfg) + 4) * parameters
+    return BYTES_OF_LIBRARIES + weights + _activation_bytes(model, tokens, cfg) + logits
 
 
 def _model(cfg: DictConfig) -> Any:
@@ -87,15 +94,16 @@ def _of_training(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
     frozen = 4 * (parameters - quantized) + sum(q.bits_per_weight * count / 8 for q, count in weights)
     flops = 6 * (parameters - model.get_input_embeddings().weight.numel()) * tokens  # pyright: ignore
     flops *= cfg.trainer.accumulate_grad_batches
-    activations = _activation_bytes(model, tokens)
+    activations = _activation_bytes(model, tokens, cfg)
     rate = _matmul_rate()
     seconds = flops * cfg.trainer.max_steps / rate
     return {
         "parameters": f"{parameters:,}, of which {quantized:,} quantized ({quantized / parameters:.0%})",
-        "checkpoint, latent float32": _bytes(4 * parameters),
-        "frozen: packed codes, float32 scales and the rest": _bytes(frozen),
-        "training memory: weights, gradients, AdamW": _bytes(BYTES_A_TRAINED_PARAMETER * parameters),
-        "training memory: activations (estimate)": _bytes(activations),
+        "checkpoint, latent float32": readable_bytes(4 * parameters),
+        "frozen: packed codes, float32 scales and the rest": readable_bytes(frozen),
+        "training memory: weights, gradients, optimizer": readable_bytes(_bytes_a_trained_parameter(cfg) * parameters),
+        "training memory: activations (estimate)": readable_bytes(activations),
+        **({"teacher": "its weights and its logits come on top"} if cfg.get("distill") else {}),
         "tokens": f"{tokens * cfg.trainer.accumulate_grad_batches:,} a step, {cfg.trainer.max_steps:,} steps",
         "time (estimate)": f"{_duration(seconds)} at the {rate / 1e9:,.0f} GFLOP/s that a float32 product reaches here",
     }
@@ -108,10 +116,10 @@ def _of_adapters(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     merge_lora(model)
     transient = max(4 * layer.weight.numel() for _, layer in bit_linears(model))  # gradient of one merged weight
-    memory = 4 * parameters + BYTES_A_TRAINED_PARAMETER * trained + transient
+    memory = 4 * parameters + _bytes_a_trained_parameter(cfg) * trained + transient
     return {
         "trained": f"{trained:,} parameters ({trained / parameters:.1%}) with adapters of rank {cfg.lora.rank}",
-        "training memory: weights, gradients, AdamW": _bytes(memory),
+        "training memory: weights, gradients, optimizer": readable_bytes(memory),
     }
 
 
@@ -133,19 +141,31 @@ def _of_quantization(model: nn.Module, cfg: DictConfig) -> dict[str, str]:
     rate = _matmul_rate()
     return {
         "parameters": f"{parameters:,}, of which {quantized:,} quantized ({quantized / parameters:.0%})",
-        "quantized linears at the bits that the method goes by": _bytes(quantized * method.claimed_bits / 8),
-        "calibration": f"{tokens:,} tokens; hidden states {_bytes(hidden)}",
-        "memory: model (twice with evaluation.compare), block, Hessian, factor, a copy": _bytes(
+        "quantized linears at the bits that the method goes by": readable_bytes(quantized * method.claimed_bits / 8),
+        "calibration": f"{tokens:,} tokens; hidden states {readable_bytes(hidden)}",
+        "memory: model (twice with evaluation.compare), block, Hessian, factor, a copy": readable_bytes(
             (8 if cfg.evaluation.get("compare") else 4) * parameters + block_bytes + 12 * widest**2
         ),
         "time (rough estimate)": f"{_duration(flops / rate)} at {rate / 1e9:,.0f} GFLOP/s, the evaluation not counted",
     }
 
 
-def _activation_bytes(model: nn.Module, tokens: int) -> int:
-    """Kept for the backward pass: the inputs of every linear, int8 or float32, and two float32 copies of its output."""
+def _bytes_a_trained_parameter(cfg: DictConfig) -> int:
+    """Of an optimizer that is not one of ours, as of AdamW."""
+    return BYTES_OF_A_WEIGHT_AND_GRADIENT + BYTES_OF_AVERAGES.get(cfg.optim._target_.rsplit(".", 1)[-1].lower(), 8)
+
+
+def _activation_bytes(model: nn.Module, tokens: int, cfg: DictConfig) -> int:
+    """Kept for the backward pass: the inputs of every linear, int8 or float32, and two float32 copies of its output.
+
+    With gradient checkpointing the float32 input of every block, and of one block the rest.
+    """
     linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    return tokens * sum((1 if isinstance(m, BitLinear) else 4) * m.in_features + 8 * m.out_features for m in linears)
+    kept = tokens * sum((1 if isinstance(m, BitLinear) else 4) * m.in_features + 8 * m.out_features for m in linears)
+    if not cfg.model.get("gradient_checkpointing"):
+        return kept
+    config: Any = model.config
+    return kept // config.num_hidden_layers + 4 * tokens * config.num_hidden_layers * config.hidden_size
 
 
 def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
@@ -159,10 +179,6 @@ def _matmul_rate(size: int = 1024, seconds: float = 0.3) -> float:
             torch.cuda.synchronize()
         count += 1
     return 2 * size**3 * count / elapsed
-
-
-def _bytes(number: float) -> str:
-    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 def _duration(seconds: float) -> str:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
+from bitnet.nn.linears import weight_of
 from bitnet.nn.lora import base_name
 from bitnet.training.taps import Taps
 from bitnet.training.teacher_cache import Answers, TeacherCache, TopLogProbs
@@ -164,7 +165,11 @@ class AttentionRelations:
 
     def places(self, model: nn.Module) -> dict[str, nn.Module]:
         block = _block(model, self.layer)
-        return {f"relations.{name}": self._projection(block, name) for name in self.projections}
+        found = {f"relations.{name}": self._projection(block, name) for name in self.projections}
+        for layer in found.values():
+            if (width := weight_of(layer).shape[0]) % self.heads:
+                raise InputError(f"distill.relations.heads must divide the {width} outputs, got {self.heads}")
+        return found
 
     def loss(self, student: Seen, teacher: Seen, predicted: Tensor) -> Tensor:
         total = torch.zeros((), device=predicted.device)
@@ -175,8 +180,6 @@ class AttentionRelations:
 
     def _relations(self, states: Tensor) -> Tensor:
         """Logarithms of the relations ``[batch, heads, block, block]`` of ``[batch, block, heads * width]``."""
-        if states.shape[-1] % self.heads:
-            raise InputError(f"distill.relations.heads must divide the {states.shape[-1]} outputs, got {self.heads}")
         split = states.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return F.log_softmax(split @ split.transpose(2, 3) / math.sqrt(split.shape[-1]), -1)
 

@@ -35,7 +35,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitnet.errors import InputError
-from bitnet.files import atomic_file, new_file
+from bitnet.files import atomic_file, new_file, readable_bytes
 
 FORMAT = 1
 VALUES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -153,8 +153,8 @@ class AnswerStore:
         if needed > room:
             what = "the disk" if free == room else "distill.cache.limit"
             raise InputError(
-                f"the teacher's answers to {batches:,} batches of {tokens:,} tokens need {needed / 1e9:,.2f} GB more "
-                f"in {self._folder}, and {what} leaves {max(room, 0) / 1e9:,.2f}: set distill.cache.top=64, "
+                f"the teacher's answers to {batches:,} batches of {tokens:,} tokens need {readable_bytes(needed)} more "
+                f"in {self._folder}, and {what} leaves {readable_bytes(max(room, 0))}: set distill.cache.top=64, "
                 "distill.cache.values=bfloat16, another folder, a higher limit, or no cache"
             )
 
@@ -234,7 +234,7 @@ class AnswerStore:
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self._bytes + size > self._options.limit:
             raise InputError(
-                f"{self._folder} has grown to distill.cache.limit, {self._options.limit / 1e9:,.2f} GB: raise it, or "
+                f"{self._folder} has grown to distill.cache.limit, {readable_bytes(self._options.limit)}: raise it, or "
                 "delete the folder"
             )
         try:

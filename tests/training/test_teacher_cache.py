@@ -213,7 +213,7 @@ def test_a_run_that_the_limit_or_the_disk_does_not_hold_is_refused_before_it_beg
     with pytest.raises(InputError, match=r"distill.cache.limit leaves"):
         distilled.reserve(4, 24)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**9))
-    with pytest.raises(InputError, match=r"the disk leaves 0.00: set distill.cache.top=64"):
+    with pytest.raises(InputError, match=r"the disk leaves 0.0 MB: set distill.cache.top=64"):
         distilled.reserve(3, 24)
 
 
