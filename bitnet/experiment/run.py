@@ -49,6 +49,7 @@ from bitnet.experiment.settings import (
     twin_of,
 )
 from bitnet.files import atomic_file
+from bitnet.models.pretrained import holds_latent_weights
 from bitnet.nn import bit_linears, freeze, merge_lora
 from bitnet.report import RunRecord, publish, results_markdown, results_table, terminal
 from bitnet.report import training_curves as draw_curves
@@ -88,6 +89,11 @@ def run(cfg: DictConfig) -> list[RunRecord]:
         console.print(f"[bold]{cfg.method}[/bold] in {directory}: finished before")
     else:
         console.print(f"[bold]{cfg.method}[/bold] in {directory}")
+    if cfg.model.path is not None and holds_latent_weights(cfg.model.path):
+        console.print(
+            f"{cfg.model.path} holds latent weights of a 1.58-bit model: what results stand beside is these weights "
+            "unquantized, which is no full-precision model"
+        )
     try:
         with in_use(cell) if cell is not None else nullcontext():
             records = _run_arms(cfg, directory, console)

@@ -61,6 +61,12 @@ def config_of(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def holds_latent_weights(path: str | Path) -> bool:
+    """Whether a directory is of a model that is quantized as it is used: its weights say little unquantized."""
+    entry = config_of(path).get("quantization_config")
+    return entry is not None and _is_latent(entry)
+
+
 def stored_dtype(path: str | Path) -> torch.dtype:
     """The dtype of the weights in the files of a directory, as its config says; float32 where it says none."""
     config = config_of(path)
@@ -122,9 +128,12 @@ def _refuse_more_layers(path: Path, config: dict[str, Any]) -> None:
                 raise InputError(f"{path}/config.json: {key} is {count!r}, and the files hold {tensors} tensors in all")
 
 
+def _is_latent(entry: dict[str, Any]) -> bool:
+    return entry.get("quant_method") == "bitnet" and entry.get("quantization_mode") == "online"
+
+
 def _refuse_quantized(path: Path, entry: dict[str, Any] | None) -> None:
-    latent = entry is not None and entry.get("quant_method") == "bitnet" and entry.get("quantization_mode") == "online"
-    if entry is not None and not latent:
+    if entry is not None and not _is_latent(entry):
         method = entry.get("quant_method", "unknown")
         raise InputError(
             f"{path} holds weights quantized with {method!r}, which cannot be trained or quantized again: give the "

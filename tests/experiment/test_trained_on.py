@@ -45,3 +45,12 @@ def test_the_comparison_can_be_left_out(tiny, started_from, tmp_path):
     records = run(tiny("size=none", *started_from, "export=none", "evaluation.compare=false"))
     assert [each.method for each in records] == ["bitnet158 latent", "bitnet158 frozen"]
     assert not (tmp_path / "run" / "reference.json").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")
+def test_latent_weights_to_start_from_are_said_to_be_no_full_precision_model(tiny, tmp_path, capsys):
+    first = tmp_path / "first"
+    run(tiny("export=hf", "trainer.max_steps=2", f"output_dir={first}"))
+    assert "latent weights of" not in capsys.readouterr().out
+    run(tiny("size=none", f"model.path={first / 'hf'}", f"data.tokenizer.path={first / 'hf'}", "export=none"))
+    assert "is no full-precision model" in " ".join(capsys.readouterr().out.split())
