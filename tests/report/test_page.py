@@ -97,6 +97,14 @@ def test_a_record_that_is_named_twice_and_a_repeated_run_stand_once(tmp_path, qu
     assert (len(found.runs), found.repeated) == (2, 1)
 
 
+def test_links_to_runs_are_followed_and_a_link_to_where_it_stands_ends(tmp_path, quantized):
+    quantized().write(tmp_path / "elsewhere" / "run" / "run.json")
+    (tmp_path / "chosen").mkdir()
+    (tmp_path / "chosen" / "run").symlink_to(tmp_path / "elsewhere" / "run")
+    (tmp_path / "chosen" / "round").symlink_to(tmp_path / "chosen")
+    assert len(collect([tmp_path / "chosen"]).runs) == 1
+
+
 def test_a_place_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(InputError, match="nowhere does not exist"):
         collect([tmp_path / "nowhere"])

@@ -139,13 +139,25 @@ def _misfits(record: RunRecord) -> list[str]:
 
 
 def _files(place: Path, notes: list[str]) -> Iterator[Path]:
-    """The record files at or below ``place``. A latent model is passed by: it answers as its frozen form."""
+    """The record files at or below ``place``. A latent model is passed by: it answers as its frozen form.
+
+    Symbolic links are followed, to each folder once: a link may lead to where it stands.
+    """
     if place.is_file():
         yield place
         return
-    for folder, folders, files in os.walk(place, onerror=lambda error: notes.append(f"Left out: {error}")):
-        folders[:] = sorted(name for name in folders if name not in PASSED_BY and not name.startswith("."))
+    walked: set[Path] = set()
+
+    def note(error: OSError) -> None:
+        notes.append(f"Left out: {error}")
+
+    for folder, folders, files in os.walk(place, onerror=note, followlinks=True):
         here = Path(folder)
+        if here.resolve() in walked:
+            folders.clear()
+            continue
+        walked.add(here.resolve())
+        folders[:] = sorted(name for name in folders if name not in PASSED_BY and not name.startswith("."))
         yield from (here / name for name in (REFERENCE, RECORD) if name in files)
         if JOB in files:
             _note_failure(here / JOB, notes)
