@@ -392,6 +392,20 @@ def test_what_cannot_be_read_beside_a_record_is_noted(tmp_path, quantized):
     assert all(note.startswith("Not read: ") for note in notes)
 
 
+def test_a_bound_counts_what_has_something_to_show_and_tells_what_it_left(tmp_path, quantized, monkeypatch):
+    monkeypatch.setattr("bitnet.report.page.attachments.SAMPLED", 1)
+    runs = []
+    for number, text in enumerate(("", "## Step 5\n\n>     seen\n\n", "## Step 5\n\n>     too many\n\n")):
+        folder = tmp_path / str(number)
+        record = quantized(seed=number)
+        runs.append(Run(record, record.write(folder / "run.json")))
+        (folder / "samples.md").write_text(text)
+    notes: list[str] = []
+    found = attachments(runs, rows_of(runs), notes)
+    assert [(entry["id"], entry["texts"]) for entry in found["samples"]] == [(1, ["seen"])]
+    assert notes == ["Bounded: samples of 1 runs are shown, 1 were not read; name fewer for others"]
+
+
 def test_codes_are_counted_over_all_layers_of_an_export(tmp_path):
     from bitnet.export import export
     from bitnet.models import Size, from_scratch

@@ -46,10 +46,15 @@ def attachments(runs: Sequence[Run], rows: Sequence[Row], notes: list[str], *, c
     found: dict[str, Any] = {"codes": []}
     for name, below, read, most in kinds:
         there = [(number, folder / below) for number, folder in places if (folder / below).exists()]
-        if len(there) > most:
-            notes.append(f"Bounded: {name} of {most} runs out of {len(there)} are shown; name fewer runs for others")
-        entries = [(number, _tried(read, path, notes)) for number, path in there[:most]]
-        found[name] = sorted(({"id": number, **each} for number, each in entries if each), key=lambda each: each["id"])
+        entries: list[dict[str, Any]] = []
+        for tried, (number, path) in enumerate(there):
+            if len(entries) == most:
+                left = len(there) - tried
+                notes.append(f"Bounded: {name} of {most} runs are shown, {left} were not read; name fewer for others")
+                break
+            if entry := _tried(read, path, notes):
+                entries.append({"id": number, **entry})
+        found[name] = sorted(entries, key=lambda each: each["id"])
     return found
 
 

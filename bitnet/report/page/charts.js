@@ -3,7 +3,6 @@
 
 const CHARTS = {
   narrow: () => matchMedia("(max-width: 640px)").matches,
-  FRONT_LABELS: 9,   // more names than that cover each other
   SPAN: 3,           // nats: what a published gap may add to the axis
   GAPS: 40,          // rows of the interval chart
 };
@@ -220,7 +219,7 @@ function qualitySpec(rows, published, view, only) {
     ...publishedLayers(published, x.scale.domain, narrow),
     pointLayer(points, looks(points)),
   ];
-  if (!narrow && front.length <= CHARTS.FRONT_LABELS)
+  if (!narrow)
     layers.push(...nameLayers(apart(front, x, y, 440), x.scale.domain, { turn: 0.2, baseline: "top", dy: 4 }));
   return { ...FIT, height: narrow ? 330 : 440, layer: layers, encoding: { x, y } };
 }
