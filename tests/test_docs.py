@@ -36,7 +36,8 @@ def _jobs(overrides: list[str]) -> list[list[str]]:
     if "-m" not in overrides:
         return [rest]
     choices = [each.partition("=")[::2] for each in rest]
-    return [[f"{key}={values.split(',')[end]}" for key, values in choices] for end in (0, -1)]
+    several = [(key, [values] if values.startswith("[") else values.split(",")) for key, values in choices]
+    return [[f"{key}={values[end]}" for key, values in several] for end in (0, -1)]
 
 
 def _module_commands() -> list[str]:
