@@ -1,11 +1,12 @@
 """The gap ladder: how the loss of 1.58 bits above full precision falls with the size of the model.
 
 ``train.py -m +experiment=ladder`` trains a dense and a ternary model of each size on the same tokens, at several
-learning rates. Of each size the best of both counts, and gap(N) = a * N^-b is fitted through their differences, a line
-in logarithms. N is the number of weights in the linears of the blocks: those that are quantized. The interval of the
-fit comes from how far the sizes lie off the line (Student's t, two degrees of freedom fewer than sizes), so it holds
-what seeds and learning rates leave open, and is wide for few sizes. Published gaps stand beside it and are not part of
-the fit: other data, a thousand times the tokens, and N counted with embeddings.
+learning rates. Of each size the best of both counts, and gap(N) = a * N^-b is fitted through their differences by least
+squares of the gaps themselves: what seeds and rates add to them does not shrink with the gap, and one that comes out at
+zero or below counts like any other, where a line in logarithms would have to leave it out and be too high. N is the
+number of weights in the linears of the blocks: those that are quantized. Intervals are profiles of the sum of squares
+(Student's t, two degrees of freedom fewer than sizes), and wide for few sizes. Published gaps stand beside the fit and
+are no part of it: other data, a thousand times the tokens, and N counted with embeddings.
 """
 
 import json
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 # Quantiles of Student's t that hold 95 % between them, for 1, 2, ... degrees of freedom; further ones are close to 2.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+EXPONENTS = (-1.0, 4.0)  # among which a fit looks for its own
+FLOOR = 1e-3  # nats: the lowest that the picture shows
 PUBLISHED = (  # label, parameters, nats above 16 bits
     (
         "BitNet b1.58, 100B tokens of C4 (arXiv:2411.04965)",
@@ -68,64 +71,103 @@ class Rung:
 
 @dataclass(frozen=True, slots=True)
 class PowerLaw:
-    """gap(N) = exp(height) * (N / pivot)^-exponent, with the standard errors of a straight line in logarithms.
+    """gap(N) = height * (N / pivot)^-exponent, with what it was fitted to.
 
-    The pivot is the geometric mean of the sizes, where height and exponent do not depend on each other. Without more
-    than two sizes there are no errors: they are None.
+    The pivot is the geometric mean of the sizes. With two sizes or fewer there are no intervals: they are None.
     """
 
+    sizes: tuple[float, ...]
+    gaps: tuple[float, ...]
     pivot: float
-    height: float  # natural logarithm of the gap at the pivot
+    height: float  # nats a token at the pivot
     exponent: float
-    height_error: float | None
-    exponent_error: float | None
-    freedom: int
 
     def gap(self, weights: float) -> float:
         """Nats a token at a size."""
-        return math.exp(self.height - self.exponent * math.log(weights / self.pivot))
-
-    def interval(self, weights: float) -> tuple[float, float] | None:
-        """Low and high of the fitted line at a size, 95 %."""
-        if self.height_error is None or self.exponent_error is None:
-            return None
-        error = self._t * math.hypot(self.height_error, self.exponent_error * math.log(weights / self.pivot))
-        return self.gap(weights) * math.exp(-error), self.gap(weights) * math.exp(error)
+        return self.height * (weights / self.pivot) ** -self.exponent
 
     @property
     def exponent_interval(self) -> tuple[float, float] | None:
-        """Low and high of the exponent, 95 %."""
-        if self.exponent_error is None:
+        """Low and high of the exponent, 95 %; an end of `EXPONENTS` where the sizes set no bound."""
+        if self._bound is None:
             return None
-        return self.exponent - self._t * self.exponent_error, self.exponent + self._t * self.exponent_error
+        return self._edge(EXPONENTS[0]), self._edge(EXPONENTS[1])
+
+    def interval(self, weights: float) -> tuple[float, float] | None:
+        """Low and high of the fitted gap at a size, 95 %."""
+        if (bound := self._bound) is None or (ends := self.exponent_interval) is None:
+            return None
+        found = [self.gap(weights)]
+        for step in range(201):
+            exponent = ends[0] + (ends[1] - ends[0]) * step / 200
+            height, squares, curvature = _profile(self.sizes, self.gaps, self.pivot, exponent)
+            reach = math.sqrt(max(0.0, bound - squares) / curvature)
+            found += [each * (weights / self.pivot) ** -exponent for each in (height - reach, height + reach)]
+        return min(found), max(found)
 
     @property
-    def _t(self) -> float:
-        return T_95[self.freedom - 1] if self.freedom <= len(T_95) else 2.0
+    def _bound(self) -> float | None:
+        """The largest sum of squares inside the interval."""
+        freedom = len(self.sizes) - 2
+        if freedom < 1:
+            return None
+        t = T_95[freedom - 1] if freedom <= len(T_95) else 2.0
+        return self._squares(self.exponent) * (1 + t**2 / freedom)
+
+    def _squares(self, exponent: float) -> float:
+        return _profile(self.sizes, self.gaps, self.pivot, exponent)[1]
+
+    def _edge(self, end: float) -> float:
+        """Where the sum of squares passes its bound, between the exponent and an end of `EXPONENTS`; else that end."""
+        bound, inside = self._bound, self.exponent
+        assert bound is not None
+        for step in range(1, 401):
+            outside = self.exponent + (end - self.exponent) * step / 400
+            if self._squares(outside) > bound:
+                break
+            inside = outside
+        else:
+            return end
+        for _ in range(60):
+            middle = (inside + outside) / 2
+            inside, outside = (inside, middle) if self._squares(middle) > bound else (middle, outside)
+        return inside
 
 
 def fit_power_law(sizes: Sequence[float], gaps: Sequence[float]) -> PowerLaw:
-    """Least squares through the logarithms, in float64.
+    """Least squares of the gaps, in float64. The exponent is sought within `EXPONENTS`.
 
     Raises:
-        InputError: fewer than two different sizes, or a gap that is not positive and has no logarithm.
+        InputError: fewer than two different sizes, or gaps that lie below zero on the whole.
     """
     if len(set(sizes)) < 2:
         raise InputError(f"expected gaps of at least two sizes for a fit, got {len(set(sizes))}")
-    if any(gap <= 0 for gap in gaps):
-        raise InputError(f"expected gaps above zero for a power law, got {min(gaps):+.4f}: leave that size out")
-    logs = [math.log(size) for size in sizes]
-    centre = math.fsum(logs) / len(logs)
-    x, y = [each - centre for each in logs], [math.log(gap) for gap in gaps]
-    spread = math.fsum(each * each for each in x)
-    height = math.fsum(y) / len(y)
-    slope = math.fsum(a * b for a, b in zip(x, y, strict=True)) / spread
-    freedom = len(x) - 2
-    errors: tuple[float | None, float | None] = (None, None)
-    if freedom > 0:
-        off = math.fsum((b - height - slope * a) ** 2 for a, b in zip(x, y, strict=True)) / freedom
-        errors = math.sqrt(off / len(x)), math.sqrt(off / spread)
-    return PowerLaw(math.exp(centre), height, -slope, *errors, freedom)
+    pivot = math.exp(math.fsum(map(math.log, sizes)) / len(sizes))
+
+    def squares(exponent: float) -> float:
+        return _profile(sizes, gaps, pivot, exponent)[1]
+
+    width = (EXPONENTS[1] - EXPONENTS[0]) / 1000
+    best = min((EXPONENTS[0] + width * step for step in range(1001)), key=squares)
+    low, high = best - width, best + width
+    for _ in range(100):  # the minimum is between its neighbours on the grid
+        third = (high - low) / 3
+        low, high = (low, high - third) if squares(low + third) < squares(high - third) else (low + third, high)
+    exponent = min(max((low + high) / 2, EXPONENTS[0]), EXPONENTS[1])
+    height = _profile(sizes, gaps, pivot, exponent)[0]
+    if height <= 0:
+        raise InputError(f"expected gaps above zero for a power law, got {', '.join(f'{gap:+.4f}' for gap in gaps)}")
+    return PowerLaw(tuple(sizes), tuple(gaps), pivot, height, exponent)
+
+
+def _profile(
+    sizes: Sequence[float], gaps: Sequence[float], pivot: float, exponent: float
+) -> tuple[float, float, float]:
+    """The height that suits an exponent best, the sum of squares there, and how it curves with the height."""
+    shape = [(size / pivot) ** -exponent for size in sizes]
+    curvature = math.fsum(each * each for each in shape)
+    height = math.fsum(each * gap for each, gap in zip(shape, gaps, strict=True)) / curvature
+    return height, math.fsum((gap - height * each) ** 2 for each, gap in zip(shape, gaps, strict=True)), curvature
 
 
 def rungs(records: "Sequence[RunRecord]") -> list[Rung]:
@@ -171,18 +213,17 @@ def write_ladder(directory: Path) -> PowerLaw:
     """Fit the runs below ``directory``; prints the table and writes ladder.md, ladder.json and ladder.png into it.
 
     Raises:
-        InputError: fewer than two sizes with a gap above zero, or runs that cannot be compared.
+        InputError: fewer than two sizes, gaps that are not above zero, or runs that cannot be compared.
     """
     from bitnet.report import RunRecord
 
     found = rungs([RunRecord.read(path) for path in sorted(directory.glob("*/run/run.json"))])
-    fitted = [each for each in found if each.gap > 0]
-    law = fit_power_law([each.weights for each in fitted], [each.gap for each in fitted])
+    law = fit_power_law([each.weights for each in found], [each.gap for each in found])
     text = _markdown(found, law)
     print(text)
     with atomic_file(directory / "ladder.md") as partial:
         partial.write_text(text, encoding="utf-8")
-    figures = {"pivot": law.pivot, "gap_at_pivot": math.exp(law.height), "exponent": law.exponent}
+    figures = {"pivot": law.pivot, "gap_at_pivot": law.height, "exponent": law.exponent}
     with atomic_file(directory / "ladder.json") as partial:
         partial.write_text(json.dumps({**figures, "exponent_interval": law.exponent_interval}, indent=1) + "\n")
     draw_ladder(found, law, directory / "ladder.png")
@@ -199,14 +240,15 @@ def draw_ladder(found: Sequence[Rung], law: PowerLaw, path: Path) -> None:
     figure = Figure(figsize=(8.5, 5), layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes: Axes = figure.subplots()
-    shown = [each for each in found if each.gap > 0]
-    ends = (shown[0].weights, max(size for _, points in PUBLISHED for size, _ in points))
+    sizes, gaps = [each.weights for each in found], [each.gap for each in found]
+    ends = (sizes[0], max(size for _, points in PUBLISHED for size, _ in points))
     line = [ends[0] * (ends[1] / ends[0]) ** (step / 60) for step in range(61)]
-    measured = [size for size in line if size <= shown[-1].weights] + [shown[-1].weights]
-    beyond = [shown[-1].weights] + [size for size in line if size > shown[-1].weights]
-    axes.plot(
-        [each.weights for each in shown], [each.gap for each in shown], "o", color=COLOURS[0], label="measured here"
-    )
+    measured = [size for size in line if size <= sizes[-1]] + [sizes[-1]]
+    beyond = [sizes[-1]] + [size for size in line if size > sizes[-1]]
+    axes.plot(sizes, [max(gap, FLOOR) for gap in gaps], "o", color=COLOURS[0], label="measured here")
+    for size, gap in zip(sizes, gaps, strict=True):
+        if gap <= FLOOR:
+            axes.annotate(f"{gap:+.4f}", (size, FLOOR), (0, 6), textcoords="offset points", ha="center", fontsize=8)
     axes.plot(measured, [law.gap(size) for size in measured], color=COLOURS[0], label=f"fit: N^-{law.exponent:.2f}")
     axes.plot(
         beyond, [law.gap(size) for size in beyond], ":", color=COLOURS[0], label="the same line, beyond what was run"
@@ -214,11 +256,13 @@ def draw_ladder(found: Sequence[Rung], law: PowerLaw, path: Path) -> None:
     for part, alpha, label in ((measured, 0.18, "95 % of the fit"), (beyond, 0.06, None)):
         if bands := [band for size in part if (band := law.interval(size)) is not None]:
             low, high = zip(*bands, strict=True)
-            axes.fill_between(part, low, high, color=COLOURS[0], alpha=alpha, lw=0, label=label)
+            axes.fill_between(
+                part, [max(each, FLOOR / 2) for each in low], high, color=COLOURS[0], alpha=alpha, lw=0, label=label
+            )
     for (label, points), colour, marker in zip(PUBLISHED, COLOURS[1:], "sD", strict=False):
         axes.plot(*zip(*points, strict=True), marker, mfc="none", color=colour, label=f"published: {label}")
     axes.set(xscale="log", yscale="log", xlabel="weights in quantized linears (published: all parameters)")
-    axes.set_ylim(1e-3, 2 * max(*(each.gap for each in shown), *(gap for _, points in PUBLISHED for _, gap in points)))
+    axes.set_ylim(0.9 * FLOOR, 2 * max(*gaps, *(gap for _, points in PUBLISHED for _, gap in points)))
     axes.set_ylabel("gap to full precision, nats a token")
     axes.grid(alpha=0.25)
     axes.legend(fontsize=8, frameon=False)
@@ -232,20 +276,24 @@ def _markdown(found: Sequence[Rung], law: PowerLaw) -> str:
         "| ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for each in found:
-        note = " (not in the fit)" if each.gap <= 0 else ""
         lines.append(
             f"| {each.weights:,} | {each.dense:.4f} | {each.dense_rate:g} | {each.quantized:.4f} | "
-            f"{each.quantized_rate:g} | {each.gap:+.4f}{note} |"
+            f"{each.quantized_rate:g} | {each.gap:+.4f} |"
         )
     interval = law.exponent_interval
-    error = "two sizes leave no interval" if interval is None else f"95 %: {interval[0]:.2f} to {interval[1]:.2f}"
-    lines += ["", f"gap(N) = {math.exp(law.height):.4f} nats * (N / {law.pivot:,.0f})^-{law.exponent:.3f} ({error})"]
+    error = "two sizes leave no interval" if interval is None else f"95 %: {_end(interval[0])} to {_end(interval[1])}"
+    lines += ["", f"gap(N) = {law.height:.4f} nats * (N / {law.pivot:,.0f})^-{law.exponent:.3f} ({error})"]
     if edges := [f"{each.weights:,}" for each in found if each.edge]:
         lines += [
             "",
             f"Best rates at an edge of what was tried, so that a better one may lie outside: {', '.join(edges)}",
         ]
     return "\n".join(lines) + "\n"
+
+
+def _end(exponent: float) -> str:
+    beyond = dict(zip(EXPONENTS, ("below", "above"), strict=True))
+    return f"{beyond[exponent]} {exponent:g}" if exponent in beyond else f"{exponent:.2f}"
 
 
 def _loss(record: "RunRecord") -> float:
