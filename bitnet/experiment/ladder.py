@@ -265,7 +265,7 @@ def draw_ladder(found: Sequence[Rung], law: PowerLaw, path: Path) -> None:
     axes.set_ylim(0.9 * FLOOR, 2 * max(*gaps, *(gap for _, points in PUBLISHED for _, gap in points)))
     axes.set_ylabel("gap to full precision, nats a token")
     axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     with atomic_file(path) as partial:
         figure.savefig(partial, format="png", dpi=150)
 
