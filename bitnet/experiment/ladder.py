@@ -1,18 +1,18 @@
 """The gap ladder: how the loss of 1.58 bits above full precision falls with the size of the model.
 
 ``train.py -m +experiment=ladder`` trains a dense and a ternary model of each size on the same tokens, at several
-learning rates. Of each size the best of both counts, and gap(N) = a * N^-b is fitted through their differences by least
-squares of the gaps themselves: what seeds and rates add to them does not shrink with the gap, and one that comes out at
-zero or below counts like any other, where a line in logarithms would have to leave it out and be too high. N is the
-number of weights in the linears of the blocks: those that are quantized. Intervals are profiles of the sum of squares
-(Student's t, two degrees of freedom fewer than sizes), and wide for few sizes. Published gaps stand beside the fit and
-are no part of it: other data, a thousand times the tokens, and N counted with embeddings.
+learning rates. Of each size the best rate of both counts, of several seeds their mean, and gap(N) = a * N^-b is fitted
+through their differences by least squares of the gaps themselves: what seeds and rates add to them does not shrink with
+the gap, and one that comes out at zero or below counts like any other, where a line in logarithms would have to leave
+it out and be too high. N is the number of weights in the linears of the blocks: those that are quantized. Intervals are
+profiles of the sum of squares (Student's t, two degrees of freedom fewer than sizes), and wide for few sizes. Published
+gaps stand beside the fit and are no part of it: other data, a thousand times the tokens, and N counted with embeddings.
 """
 
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,9 +195,10 @@ def rungs(records: "Sequence[RunRecord]") -> list[Rung]:
         dense = [each for each in alike if is_full_precision(each)]
         others = [each for each in alike if not is_full_precision(each)]
         if dense and others:
-            one, other = min(dense, key=_loss), min(others, key=_loss)
-            edge = _at_the_edge(one, dense) or _at_the_edge(other, others)
-            found.append(Rung(weights, _loss(one), _loss(other), _rate(one), _rate(other), edge))
+            one, other = _losses(dense), _losses(others)
+            rate, other_rate = min(one, key=one.__getitem__), min(other, key=other.__getitem__)
+            edge = _at_the_edge(rate, one) or _at_the_edge(other_rate, other)
+            found.append(Rung(weights, one[rate], other[other_rate], rate, other_rate, edge))
     return found
 
 
@@ -296,17 +297,17 @@ def _end(exponent: float) -> str:
     return f"{beyond[exponent]} {exponent:g}" if exponent in beyond else f"{exponent:.2f}"
 
 
-def _loss(record: "RunRecord") -> float:
-    return math.inf if record.nll is None else record.nll
+def _losses(arm: "Sequence[RunRecord]") -> dict[float, float]:
+    """The loss of each learning rate, the mean over its seeds."""
+    losses: dict[float, list[float]] = {}
+    for each in arm:
+        losses.setdefault(each.config["optim"]["lr"], []).append(math.inf if each.nll is None else each.nll)
+    return {rate: math.fsum(found) / len(found) for rate, found in losses.items()}
 
 
-def _rate(record: "RunRecord") -> float:
-    return record.config["optim"]["lr"]
-
-
-def _at_the_edge(best: "RunRecord", arm: "Sequence[RunRecord]") -> bool:
-    rates = [_rate(each) for each in arm]
-    return len(set(rates)) > 1 and _rate(best) in (min(rates), max(rates))
+def _at_the_edge(best: float, rates: Iterable[float]) -> bool:
+    tried = set(rates)
+    return len(tried) > 1 and best in (min(tried), max(tried))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -96,6 +96,19 @@ def test_a_best_rate_inside_of_what_was_tried_is_at_no_edge():
     assert [each.edge for each in rungs(records)] == [False]
 
 
+def test_the_seeds_of_a_rate_count_with_their_mean():
+    losses = {1e-3: (3.9, 4.3), 2e-3: (4.0, 4.1)}  # the best single run is of the rate that is worse on the whole
+    records = [
+        model(name, loss + (name == "q"), 64, rate, seed=seed)
+        for name in ("dense", "q")
+        for rate, both in losses.items()
+        for seed, loss in enumerate(both)
+    ]
+    (rung,) = rungs(records)
+    assert (rung.dense, rung.dense_rate) == pytest.approx((4.05, 2e-3))
+    assert rung.gap == pytest.approx(1.0)
+
+
 def test_weights_are_those_of_the_models_linears():
     config = model("", 0.0, 64).config["size"]
     body = from_scratch(body="llama", hidden_act="silu", size=Size(**config), vocab_size=100)
