@@ -51,7 +51,7 @@ def test_a_second_run_reads_the_teachers_answers(tiny, teacher, tmp_path):
 
 def test_a_cache_that_the_run_would_outgrow_is_refused_before_it_begins(tiny, teacher, tmp_path):
     cache = [f"distill.cache.directory={tmp_path / 'answers'}", "distill.cache.limit=1e5"]
-    with pytest.raises(InputError, match=r"the teacher's answers to 6 batches of 64 tokens need 0.00 GB more"):
+    with pytest.raises(InputError, match=r"the teacher's answers to 6 batches of 64 tokens need 0.5 MB more"):
         run(tiny(*started_from(teacher), "distill=logits", *cache))
 
 
