@@ -248,6 +248,21 @@ def test_gaps_are_to_the_original_and_not_to_a_model_that_was_trained_on(quantiz
     assert rows([original, further, alone, measured])[2].gap == pytest.approx(0.3)
 
 
+def test_gaps_are_to_the_best_model_that_saw_as_many_tokens(quantized, dense):
+    def full(nll, tokens):
+        return dataclasses.replace(dense, method="dense", nll=nll, train_tokens=tokens)
+
+    alone = trained(quantized, gap=None, nll=4.0, perplexity=math.exp(4.0), train_tokens=1000)
+    others = [
+        full(4.5, 1000),
+        full(3.9, 1000),
+        full(5.0, 500),
+        full(3.0, 9000),
+    ]  # a bad rate, a good one, other budgets
+    assert rows([*others, alone])[4].gap == pytest.approx(0.1)
+    assert rows([*others[2:], alone])[2].gap == pytest.approx(1.0)
+
+
 def test_gaps_are_to_the_twin_of_the_run_s_own_folder(tmp_path, quantized, dense):
     alone = trained(quantized, gap=None, nll=4.0, perplexity=math.exp(4.0))
     twin = dataclasses.replace(dense, nll=3.9)

@@ -67,24 +67,32 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     names = labels([run.record for run in runs])
     families = [family_of(run.record) for run in runs]
     looks = _looks(families)
-    full = _originals(runs)
+    full = {tokens: _originals(runs, tokens) for tokens in {run.record.train_tokens for run in runs}}
     twins = {run.path: run.record for run in runs if is_full_precision(run.record)}
     return [
-        _row(index, run, names[index], families[index], looks[families[index]], [*_own_twin(run, twins), *full])
+        _row(index, run, names[index], families[index], looks[families[index]], [*_own_twin(run, twins), *originals])
         for index, run in enumerate(runs)
+        for originals in (full[run.record.train_tokens],)
     ]
 
 
-def _originals(runs: Sequence[Run]) -> list[RunRecord]:
-    """The full-precision records, those that measured gaps are to first, then those that were trained least.
+def _originals(runs: Sequence[Run], tokens: int) -> list[RunRecord]:
+    """The full-precision records, first those that a model trained on ``tokens`` has its gap to.
 
-    A model that was trained on in full precision stands beside its original under one name: gaps that are computed
-    here must be to the same one as those that were measured.
+    These are the ones that measured gaps are to, so that all gaps of a page are to one model; then originals, which were
+    not trained here; then what saw as many tokens. Of several the best, so that a learning rate that suits full
+    precision badly flatters nobody.
     """
     measured = [run.record for run in runs if run.record.gap is not None and run.record.nll is not None]
     losses = {round(record.nll - record.gap, 9) for record in measured if record.nll and record.gap is not None}
-    full = [run.record for run in runs if is_full_precision(run.record)]
-    return sorted(full, key=lambda each: (each.nll is None or round(each.nll, 9) not in losses, each.train_tokens))
+
+    def order(record: RunRecord) -> tuple[bool, bool, bool, float]:
+        if record.nll is None:
+            return (True, True, True, math.inf)
+        seen = record.train_tokens
+        return (round(record.nll, 9) not in losses, seen != 0, seen != tokens, record.nll)
+
+    return sorted((run.record for run in runs if is_full_precision(run.record)), key=order)
 
 
 def _own_twin(run: Run, twins: Mapping[Path, RunRecord]) -> list[RunRecord]:
