@@ -79,9 +79,9 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
 def _originals(runs: Sequence[Run], tokens: int) -> list[RunRecord]:
     """The full-precision records, first those that a model trained on ``tokens`` has its gap to.
 
-    These are the ones that measured gaps are to, so that all gaps of a page are to one model; then originals, which were
-    not trained here; then what saw as many tokens. Of several the best, so that a learning rate that suits full
-    precision badly flatters nobody.
+    These are the ones that measured gaps are to, so that all gaps of a page are to one model; then originals, which
+    were not trained here; then what saw as many tokens. Of several the best: a learning rate that suits full precision
+    badly flatters nobody.
     """
     measured = [run.record for run in runs if run.record.gap is not None and run.record.nll is not None]
     losses = {round(record.nll - record.gap, 9) for record in measured if record.nll and record.gap is not None}
