@@ -23,11 +23,7 @@ from bitnet.ptq.blocks import find_blocks, linears_of
 NOT_CODES = {"dequantized", "auto"}  # options of formats that hold values where there are codes, or choose themselves
 BYTES_OF_LIBRARIES = 600_000_000  # resident in a run of this package before it has a model (docs/lab-notes.md)
 BYTES_OF_A_WEIGHT_AND_GRADIENT = 8  # float32
-BYTES_OF_AVERAGES = {
-    "adamw": 8,
-    "adamw8bit": 2,
-    "adafactor": 0,
-}  # a parameter; not Adafactor's rows and columns
+BYTES_OF_AVERAGES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # a parameter; rows and columns are not counted
 
 
 def print_estimate(cfg: DictConfig, console: Console) -> None:

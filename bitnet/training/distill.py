@@ -165,11 +165,7 @@ class AttentionRelations:
 
     def places(self, model: nn.Module) -> dict[str, nn.Module]:
         block = _block(model, self.layer)
-        found = {f"relations.{name}": self._projection(block, name) for name in self.projections}
-        for layer in found.values():
-            if (width := weight_of(layer).shape[0]) % self.heads:
-                raise InputError(f"distill.relations.heads must divide the {width} outputs, got {self.heads}")
-        return found
+        return {f"relations.{name}": self._projection(block, name) for name in self.projections}
 
     def loss(self, student: Seen, teacher: Seen, predicted: Tensor) -> Tensor:
         total = torch.zeros((), device=predicted.device)
@@ -191,6 +187,8 @@ class AttentionRelations:
                 f"expected one layer {end!r} in a block of {type(block).__name__}, got {len(found)} among {names}: set "
                 "distill.relations.projections, or leave out distill.relations"
             )
+        if (width := weight_of(found[0]).shape[0]) % self.heads:
+            raise InputError(f"distill.relations.heads must divide the {width} outputs, got {self.heads}")
         return found[0]
 
 

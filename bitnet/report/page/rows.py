@@ -70,9 +70,15 @@ def rows_of(runs: Sequence[Run]) -> list[Row]:
     full = {tokens: _originals(runs, tokens) for tokens in {run.record.train_tokens for run in runs}}
     twins = {run.path: run.record for run in runs if is_full_precision(run.record)}
     return [
-        _row(index, run, names[index], families[index], looks[families[index]], [*_own_twin(run, twins), *originals])
+        _row(
+            index,
+            run,
+            names[index],
+            families[index],
+            looks[families[index]],
+            _own_twin(run, twins) + full[run.record.train_tokens],
+        )
         for index, run in enumerate(runs)
-        for originals in (full[run.record.train_tokens],)
     ]
 
 
